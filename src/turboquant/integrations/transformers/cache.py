@@ -1,0 +1,177 @@
+"""TurboQuantCache: what `generate(..., past_key_values=...)` takes.
+
+cache = TurboQuantCache(model, "kv4")
+model.generate(**inputs, past_key_values=cache)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from turboquant.integrations.transformers import storage
+from turboquant.integrations.transformers.attention import NAME, Pending
+from turboquant.layers.cache import CacheError, LayerCache
+from turboquant.packed.page import PageLayout
+from turboquant.recipe import Recipe, RecipeError, parse_recipe
+
+OURS = {"full_attention", "sliding_attention"}
+NOT_OURS = {"linear_attention", "conv", "dummy"}  # kept as transformers has them
+
+
+class TurboQuantLayer(CacheLayerMixin):
+    """One layer of the cache, in transformers' terms; the work is LayerCache's."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, cache: LayerCache, config: Any) -> None:
+        super().__init__()
+        self.cache, self.config, self.row_exact = cache, config, False
+        self.is_sliding = cache.window is not None
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first step allocates."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Keys and values (B, H, n, d) -> a Pending for the attention function, twice."""
+        pending = Pending(key_states, value_states, self.cache, self.config, self.row_exact)
+        return pending, pending
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover the new tokens only: the cache knows which of the old ones are real and near enough."""
+        return query_length, self.cache.columns
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included."""
+        return self.cache.columns
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        self.cache.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.cache.take_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.cache.take_rows(indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.cache.take_rows(torch.arange(len(self.cache.lengths)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """-n takes back n tokens; a positive number is the length to keep (transformers before 5.18)."""
+        n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.cache.columns - tokens_to_remove)
+        self.cache.crop(n)
+
+    def offload(self) -> None:
+        raise CacheError("the TurboQuant cache cannot be offloaded")
+
+    prefetch = offload
+
+
+class TurboQuantCache(Cache):
+    """A live quantized KV cache for one model.
+
+    Args:
+        model: the transformers model that will use it. Its attention implementation is set to "turboquant", which
+            computes ordinary attention whenever it is called without this cache.
+        recipe: "kv4", "k4v3", "plain4", ...; see `turboquant.parse_recipe`.
+
+    Raises:
+        RecipeError: an unknown recipe, or a head_dim or layer type that cannot be served.
+
+    Attributes:
+        row_exact: set True to make every row of a prefill read what a decode step would read, as fidelity
+            measurements need; by default a prompt chunk reads itself in 16 bit.
+    """
+
+    def __init__(self, model: Any, recipe: str | Recipe = "kv4") -> None:
+        self.recipe = parse_recipe(recipe)
+        if self.recipe.kv is None:
+            raise RecipeError(f"recipe {self.recipe.name!r} leaves the cache alone: name one with kv bits")
+        config = model.config.get_text_config(decoder=True)
+        types, options = get_layer_types_and_kwargs(config)
+        layers: list[Any] = []
+        for i, (kind, kwargs) in enumerate(zip(types, options, strict=True)):
+            if kind in OURS:
+                PageLayout(self.recipe.kv, _head_dim(model, config, i))
+                layers.append(TurboQuantLayer(LayerCache(self.recipe.kv, kwargs.get("sliding_window")), config))
+            elif kind in NOT_OURS:
+                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
+            else:
+                raise RecipeError(f"layer {i} has attention of type {kind!r}, which the cache cannot serve")
+        super().__init__(layers=layers)
+        self.fingerprint = storage.fingerprint(model, types)
+        if config._attn_implementation != NAME:
+            model.set_attn_implementation(NAME)
+
+    @property
+    def row_exact(self) -> bool:
+        return any(layer.row_exact for layer in self.ours)
+
+    @row_exact.setter
+    def row_exact(self, value: bool) -> None:
+        for layer in self.ours:
+            layer.row_exact = value
+
+    @property
+    def ours(self) -> list[TurboQuantLayer]:
+        """The layers that this library serves."""
+        return [layer for layer in self.layers if isinstance(layer, TurboQuantLayer)]
+
+    @property
+    def nonfinite_tokens(self) -> int:
+        """Token and layer pairs that arrived with a NaN or an infinity in their key or value."""
+        return sum(int(c.buf.nonfinite.sum()) for c in (layer.cache for layer in self.ours) if c.buf is not None)
+
+    def nbytes(self) -> dict[str, int]:
+        """Allocated bytes: {"pages", "ring", "state", "total"}."""
+        parts = [layer.cache.nbytes() for layer in self.ours]
+        out = {name: sum(p[name] for p in parts) for name in ("pages", "ring", "state")}
+        return out | {"total": sum(out.values())}
+
+    def bits(self) -> tuple[float, float]:
+        """True bits per key and per value number of the packed pages, averaged over the layers' numbers."""
+        used = [layer.cache.layout for layer in self.ours if layer.cache.layout is not None]
+        if not used:
+            raise CacheError("the cache is empty: its bits are known once it has seen a token")
+        weight = sum(x.head_dim for x in used)
+        return (
+            sum(x.key_bits * x.head_dim for x in used) / weight,
+            sum(x.value_bits * x.head_dim for x in used) / weight,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole cache to a safetensors file (to a temporary file first, then renamed)."""
+        storage.save(self, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any) -> "TurboQuantCache":
+        """Read a cache written by `save` for the same model and continue from it.
+
+        Raises:
+            CacheFileError: the file is corrupt, truncated, of a newer format, or belongs to another model; nothing is
+                loaded then.
+        """
+        return storage.load(cls, Path(path), model)
+
+
+def _head_dim(model: Any, config: Any, layer: int) -> int:
+    """head_dim of a layer: from its configuration, which may differ per layer."""
+    per_layer = config.per_layer_config[layer] if hasattr(config, "per_layer_config") else config
+    return getattr(per_layer, "head_dim", None) or per_layer.hidden_size // per_layer.num_attention_heads

@@ -1,0 +1,1 @@
+"""Torch objects without a framework: the cache of one attention layer."""

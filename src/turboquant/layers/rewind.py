@@ -1,0 +1,59 @@
+"""Taking back more tokens than the ring remembers: what left it returns as decoded from its pages.
+
+Needed only for a `crop` beyond the recipe's `rewind`. Statistics that are gone are read off a page: its decoded keys
+give μ and σ_K, and its header the reader power up to a factor, σ_Q ∝ σ_K/s². The factor hardly matters: s is
+normalised and the hot set only compares channels.
+"""
+
+import torch
+from torch import Tensor
+
+from turboquant.kernels.reference import decode_page_keys, decode_page_values
+from turboquant.maths.codec import log_decode
+from turboquant.maths.tracker import page_stats
+from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
+from turboquant.packed.page import PageLayout
+
+
+def rewind(buf: CacheBuffers, layout: PageLayout, lengths: list[int], tokens: int) -> None:
+    """Make ring, tracker and readers of every sequence fit its length after `tokens` are taken back."""
+    for row, old in enumerate(lengths):
+        _refill_ring(buf, layout, row, old, old - tokens)
+        if layout.kv.codec == "live":
+            _recall_statistics(buf, layout, row, old, old - tokens)
+
+
+def _refill_ring(buf: CacheBuffers, layout: PageLayout, row: int, old: int, new: int) -> None:
+    slots, size = buf.ring_k.shape[2], layout.kv.page
+    lowest = min(max(0, new - layout.kv.ring), new // size * size)  # first token that must stand in the ring
+    lost_end = min(new, max(0, old - slots))
+    for page in range(lowest // size, -(-lost_end // size)):
+        data = buf.pages[buf.table[row, page].long()]
+        at = torch.arange(page * size, (page + 1) * size, device=data.device)
+        lost = (at >= lowest) & (at < lost_end)
+        where = at[lost] % slots
+        buf.ring_k[row, :, where] = decode_page_keys(layout, data)[:, lost].to(buf.ring_k.dtype)
+        buf.ring_v[row, :, where] = decode_page_values(layout, data)[:, lost].to(buf.ring_v.dtype)
+
+
+def _recall_statistics(buf: CacheBuffers, layout: PageLayout, row: int, old: int, new: int) -> None:
+    size, opened = layout.kv.page, new // layout.kv.page
+    if old // size == opened:
+        return
+    if opened and old // size - opened >= STATES:
+        buf.tracker[row, (opened - 1) % STATES] = _page_statistics(buf, layout, row, opened - 1)
+    power = _page_statistics(buf, layout, row, opened)[:, 2]
+    if opened:  # as strong as the tracker's readers
+        power = power * buf.tracker[row, (opened - 1) % STATES, :, 2].mean(-1, keepdim=True)
+    j = torch.arange(opened * size // READER_STRIDE, new // READER_STRIDE, device=power.device)
+    buf.readers[row, :, j % buf.readers.shape[2]] = power.sqrt().unsqueeze(1).to(buf.readers.dtype)
+
+
+def _page_statistics(buf: CacheBuffers, layout: PageLayout, row: int, page: int) -> Tensor:
+    """(H, 3, d) mean, variance and reader power (normalised to mean 1) of a page as its bytes tell."""
+    data = buf.pages[buf.table[row, page].long()]
+    keys, size = decode_page_keys(layout, data), layout.kv.page
+    usable = torch.arange(page * size, (page + 1) * size, device=data.device) >= buf.sink_k.shape[2]
+    stats = page_stats(keys, torch.ones_like(keys[:, 0]), usable.expand(keys.shape[:-1]))
+    power = stats.var / log_decode(layout.read(data, "key_log_s")).pow(4)
+    return torch.stack((stats.mean, stats.var, power / power.mean(-1, keepdim=True).clamp_min(1e-30)), -2)

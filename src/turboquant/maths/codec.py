@@ -1,0 +1,173 @@
+"""The page codec: P tokens of one KV head to integers and back. Unpacked; `packed/page.py` lays the integers out.
+
+Keys, live:   k ≈ μ + s∘Rᵀ(a_t·level[code]),  with a few hot channels replaced by μ + step·int8
+Values:       v ≈ Rᵀ(a_t·level[code])
+Keys, plain:  as values (the paper's TurboQuant_mse with the length of each token stored in 16 bit)
+
+μ, s and every scale are rounded to their stored form *before* anything depends on them, so the encoder corrects what
+rounding did to them. s is stored as a logarithm in 8 bit; μ as int8 in units of s (a residual mean of a fraction of
+s costs nothing: it is coded with the rest); a_t as 8-bit logarithm below the page's largest scale.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from turboquant.maths.codebook import lloyd_max, nearest, uniform
+from turboquant.maths.quantizer import least_squares_scale, rms, safe_divide
+from turboquant.maths.rotation import rotate, unrotate
+from turboquant.maths.tracker import ChannelStats
+
+STEPS = 16  # steps per octave of every 8-bit logarithm: 4.4 % apart
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class RowCodes:
+    """Rotated rows: codes (..., P, d) uint8; log_scale (..., P) uint8; base (...) fp16, the page's largest scale."""
+
+    codes: Tensor
+    log_scale: Tensor
+    base: Tensor
+
+
+@dataclass(frozen=True)
+class PlainCodes:
+    """The paper's rows: codes (..., P, d) uint8; scale (..., P) fp16 (the length over sqrt d)."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class LiveCodes:
+    """A live key page.
+
+    rows: the rotated rest. log_s (..., d) uint8; mean_code (..., d) int8 in units of mean_step·s, zero at hot
+    channels; mean_step (...) fp16; hot_index (..., h) uint8; hot_mean, hot_step (..., h) fp16; hot_codes (..., h, P)
+    int8, one row a channel.
+    """
+
+    rows: RowCodes
+    log_s: Tensor
+    mean_code: Tensor
+    mean_step: Tensor
+    hot_index: Tensor
+    hot_mean: Tensor
+    hot_step: Tensor
+    hot_codes: Tensor
+
+
+def codebook(bits: int, device: torch.device | str = "cpu") -> Tensor:
+    """Levels of the row codes: Lloyd-Max for N(0,1) up to 4 bit, uniform on [-1, 1] at 8 bit."""
+    return uniform(8, device) if bits == 8 else lloyd_max(bits, None, device)
+
+
+def fp16_up(x: Tensor) -> Tensor:
+    """Round x >= 0 up to fp16, saturating at 65504."""
+    x = x.clamp_max(FP16_MAX)
+    h = x.half()
+    return torch.where(h.float() < x, (h.view(torch.int16) + 1).view(torch.half), h)
+
+
+def log_code(x: Tensor) -> Tensor:
+    """round(16·log2 x) + 128 clamped to uint8: factors from 2^-8 to 2^7.9."""
+    return (torch.log2(x) * STEPS).round().add(128).clamp(0, 255).to(torch.uint8)
+
+
+def log_decode(code: Tensor) -> Tensor:
+    """Inverse of `log_code`, fp32."""
+    return torch.exp2((code.float() - 128) / STEPS)
+
+
+def token_scale(log_scale: Tensor, base: Tensor) -> Tensor:
+    """a_t = base·2^(-log_scale/16), exactly 0 for log_scale 255: (..., P)."""
+    a = base.float().unsqueeze(-1) * torch.exp2(-log_scale.float() / STEPS)
+    return torch.where(log_scale == 255, 0.0, a)
+
+
+def _first_codes(y: Tensor, levels: Tensor) -> Tensor:
+    top = levels[-1]
+    norm = y.abs().amax(-1, keepdim=True) if top == 1 else rms(y)  # uniform levels span [-1, 1]
+    return nearest(safe_divide(y, norm), levels)
+
+
+def encode_rows(y: Tensor, bits: int, usable: Tensor) -> RowCodes:
+    """Code rotated rows y (..., P, d) fp32; only usable (..., P) rows set the base, the others saturate at it."""
+    levels = codebook(bits, y.device)
+    scale = least_squares_scale(y, levels[_first_codes(y, levels).long()])
+    scale = least_squares_scale(y, levels[nearest(safe_divide(y, scale), levels).long()]).squeeze(-1)
+    base = fp16_up(torch.where(usable, scale, 0.0).amax(-1))
+    ratio = safe_divide(base.float().unsqueeze(-1), scale)
+    log_scale = (torch.log2(ratio.clamp_min(1)) * STEPS).round().clamp(0, 254)
+    log_scale = torch.where((scale > 0) & (base > 0).unsqueeze(-1), log_scale, 255.0).to(torch.uint8)
+    a = token_scale(log_scale, base).unsqueeze(-1)
+    return RowCodes(nearest(safe_divide(y, a), levels), log_scale, base)
+
+
+def decode_rows(c: RowCodes, bits: int) -> Tensor:
+    """a_t·level[code], still rotated: (..., P, d) fp32."""
+    return codebook(bits, c.codes.device)[c.codes.long()] * token_scale(c.log_scale, c.base).unsqueeze(-1)
+
+
+def encode_values(v: Tensor, bits: int, usable: Tensor) -> RowCodes:
+    """v (..., P, d) fp32, finite -> codes."""
+    return encode_rows(rotate(v), bits, usable)
+
+
+def decode_values(c: RowCodes, bits: int) -> Tensor:
+    """Codes -> (..., P, d) fp32."""
+    return unrotate(decode_rows(c, bits))
+
+
+def encode_plain(x: Tensor, bits: int) -> PlainCodes:
+    """TurboQuant_mse of each token with its length in fp16 and Lloyd-Max levels for N(0,1)."""
+    y = rotate(x)
+    scale = rms(y).squeeze(-1).clamp_max(FP16_MAX).half()
+    return PlainCodes(nearest(safe_divide(y, scale.float().unsqueeze(-1)), lloyd_max(bits, None, x.device)), scale)
+
+
+def decode_plain(c: PlainCodes, bits: int) -> Tensor:
+    """Codes -> (..., P, d) fp32."""
+    return unrotate(lloyd_max(bits, None, c.codes.device)[c.codes.long()] * c.scale.float().unsqueeze(-1))
+
+
+def encode_keys(k: Tensor, stats: ChannelStats, bits: int, hot: int, usable: Tensor) -> LiveCodes:
+    """Code a page of keys with the statistics frozen for it.
+
+    Args:
+        k: (..., P, d) fp32, finite.
+        stats: (..., d) each; see `ChannelTracker.frozen`.
+        bits: of the row codes.
+        hot: channels kept in 8 bit.
+        usable: (..., P) bool; the others are coded too but set no scale, and saturate.
+    """
+    log_s = log_code(stats.scales())
+    s = log_decode(log_s)
+    index = stats.hot(hot)
+    is_hot = torch.zeros_like(s, dtype=torch.bool).scatter_(-1, index, True)
+
+    relative = torch.where(is_hot, 0.0, stats.mean / s)
+    step = fp16_up(relative.abs().amax(-1) / 127)
+    mean_code = safe_divide(relative, step.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    rest = k / s.unsqueeze(-2) - (mean_code.float() * step.float().unsqueeze(-1)).unsqueeze(-2)
+    rows = encode_rows(rotate(torch.where(is_hot.unsqueeze(-2), 0.0, rest)), bits, usable)
+
+    hot_mean = stats.mean.gather(-1, index).clamp(-FP16_MAX, FP16_MAX).half()
+    picked = k.gather(-1, index.unsqueeze(-2).expand(*k.shape[:-1], hot)) - hot_mean.float().unsqueeze(-2)
+    hot_step = fp16_up(torch.where(usable.unsqueeze(-1), picked, 0.0).abs().amax(-2) / 127)
+    hot_codes = safe_divide(picked, hot_step.float().unsqueeze(-2)).round().clamp(-127, 127).to(torch.int8)
+    return LiveCodes(
+        rows, log_s, mean_code, step, index.to(torch.uint8), hot_mean, hot_step, hot_codes.transpose(-1, -2)
+    )
+
+
+def decode_keys(c: LiveCodes, bits: int) -> Tensor:
+    """Codes -> (..., P, d) fp32."""
+    s = log_decode(c.log_s).unsqueeze(-2)
+    mean = c.mean_code.float() * c.mean_step.float().unsqueeze(-1)
+    k = (unrotate(decode_rows(c.rows, bits)) + mean.unsqueeze(-2)) * s
+    hot = c.hot_mean.float().unsqueeze(-1) + c.hot_codes.float() * c.hot_step.float().unsqueeze(-1)
+    index = c.hot_index.long().unsqueeze(-2)
+    return k.scatter(-1, index.expand(*k.shape[:-1], index.shape[-1]), hot.transpose(-1, -2))

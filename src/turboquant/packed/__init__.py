@@ -1,0 +1,1 @@
+"""Bytes: the one bit order, and the one layout of a KV page."""
