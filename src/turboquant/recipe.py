@@ -41,7 +41,7 @@ class KVRecipe:
     ring: int = 128
     sinks: int = 4
     rewind: int = 32
-    decay: float = 0.5
+    decay: float = 0.8
     blend: float = 0.5
 
     def __post_init__(self) -> None:

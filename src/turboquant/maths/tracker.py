@@ -80,17 +80,21 @@ class ChannelTracker:
     """An exponential average of page statistics, one page at a time.
 
     `state` is None before the first page. `frozen(page, blend)` gives the statistics a page is encoded with: its own
-    ones mixed with what came before, so that one odd page neither goes unnoticed nor erases the past.
+    mean (a page is encoded when it is complete, so its mean is known and the best one to subtract), and variance and
+    reader power mixed with what came before, so that one odd page neither goes unnoticed nor erases the past.
     """
 
-    def __init__(self, decay: float = 0.5, state: ChannelStats | None = None) -> None:
+    def __init__(self, decay: float = 0.8, state: ChannelStats | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.decay, self.state = decay, state
 
     def frozen(self, page: ChannelStats, blend: float) -> ChannelStats:
-        """blend·page + (1-blend)·state; the page's own statistics when there is no past."""
-        return page if self.state is None else self.state.blend(page, blend)
+        """The page's mean; blend·page + (1-blend)·state of the rest; the page's own where there is no past."""
+        if self.state is None:
+            return page
+        mixed = self.state.blend(page, blend)
+        return ChannelStats(page.mean, mixed.var, mixed.power)
 
     def update(self, page: ChannelStats) -> None:
         """state <- decay·state + (1-decay)·page; the first page sets it."""
