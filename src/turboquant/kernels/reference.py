@@ -8,6 +8,7 @@ Which copy of a token does a query read? The query at position t reads token j
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turboquant.maths.codec import (
@@ -211,6 +212,10 @@ def cache_attention(
     kv = layout.kv
     b, hq, n, d = q.shape
     h, size, device = k.shape[1], kv.page, q.device
+    longest = int(buf.length.max()) if b else 0
+    unmasked = valid is None and mask is None and (window is None or n <= window)
+    if longest == 0 and n > 1 and unmasked and softcap is None and sink_logits is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     soft = _Softmax(q.float().unflatten(1, (h, hq // h)), scaling or d**-0.5, softcap, sink_logits)
     real = torch.ones(b, n, dtype=torch.bool, device=device) if valid is None else valid
     start = buf.length.view(b, 1, 1)
@@ -220,7 +225,6 @@ def cache_attention(
     def in_window(j: Tensor) -> Tensor:
         return (t - j < window) & row if window is not None else row
 
-    longest = int(buf.length.max()) if b else 0
     sinks, slots = buf.sink_k.shape[2], buf.ring_k.shape[2]
     if sinks and longest:
         j = torch.arange(sinks, device=device).view(1, 1, -1)

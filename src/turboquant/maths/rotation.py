@@ -42,19 +42,21 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     """Orthonormal Walsh-Hadamard transform of each aligned `block` of the last dimension (symmetric, own inverse).
 
     Args:
-        x: (..., width), any float dtype; computed in that dtype.
+        x: (..., width), any float dtype; computed in that dtype, without gradient.
         block: a power of two that divides width; by default the largest one.
     """
     width = x.shape[-1]
     block = hadamard_block(width) if block is None else block
     if block < 1 or block & (block - 1) or width % block:
         raise ValueError(f"block must be a power of two dividing the width {width}, got {block}")
-    shape, half = x.shape, 1
+    x, half = x.detach(), 1
     while half < block:
         a, b = x.reshape(-1, width // (2 * half), 2, half).unbind(2)
-        x = torch.stack((a + b, a - b), 2)
-        half *= 2
-    return x.reshape(shape) * block**-0.5
+        y = x.new_empty(a.shape[0], a.shape[1], 2, half)
+        torch.add(a, b, out=y[:, :, 0])
+        torch.sub(a, b, out=y[:, :, 1])
+        x, half = y.view(x.shape), 2 * half
+    return x * block**-0.5
 
 
 def rotate(x: Tensor) -> Tensor:
