@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turboquant.kernels import ops
 from turboquant.layers.rewind import rewind
-from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
+from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import KVRecipe
 
@@ -47,25 +47,9 @@ class LayerCache:
 
     def _start(self, k: Tensor) -> None:
         b, h, _, d = k.shape
-        kv, dev = self.kv, k.device
-        self.layout = PageLayout(kv, d)
-        samples = (max(kv.page, 1) + kv.rewind) // READER_STRIDE + 1
-
-        def empty(*shape: int, dtype: torch.dtype = k.dtype) -> Tensor:
-            return torch.empty(*shape, dtype=dtype, device=dev)
-
-        self.buf = CacheBuffers(
-            pages=empty(0, h, self.layout.page_bytes, dtype=torch.uint8),
-            table=torch.full((b, 0), -1, dtype=torch.int32, device=dev),
-            ring_k=empty(b, h, kv.ring_slots, d),
-            ring_v=empty(b, h, kv.ring_slots, d),
-            sink_k=empty(b, h, kv.sinks, d),
-            sink_v=empty(b, h, kv.sinks, d),
-            readers=empty(b, h, samples, d),
-            tracker=empty(b, STATES, h, 3, d, dtype=torch.float32),
-            length=torch.zeros(b, dtype=torch.int64, device=dev),
-            nonfinite=torch.zeros(b, dtype=torch.int64, device=dev),
-        )
+        self.layout = PageLayout(self.kv, d)
+        specs = CacheBuffers.specs(self.layout, b, h, k.dtype)
+        self.buf = CacheBuffers(**{n: torch.zeros(s, dtype=t, device=k.device) for n, (s, t) in specs.items()})
         self.lengths, self._pages = [0] * b, [[] for _ in range(b)]
 
     def step(

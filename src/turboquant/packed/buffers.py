@@ -7,7 +7,10 @@ head at position 8·j+7) in slot j mod J.
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
+
+from turboquant.packed.page import PageLayout
 
 READER_STRIDE = 8  # every 8th token's queries are sampled for the reader power
 STATES = 2  # tracker states kept: after the last page and after the one before (for crop)
@@ -38,6 +41,25 @@ class CacheBuffers:
     tracker: Tensor
     length: Tensor
     nonfinite: Tensor
+
+    @staticmethod
+    def specs(
+        layout: PageLayout, batch: int, kv_heads: int, dtype: torch.dtype, pages: int = 0, columns: int = 0
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor, for a pool of `pages` and a table of `columns`."""
+        kv, b, h, d = layout.kv, batch, kv_heads, layout.head_dim
+        return {
+            "pages": ((pages, h, layout.page_bytes), torch.uint8),
+            "table": ((b, columns), torch.int32),
+            "ring_k": ((b, h, kv.ring_slots, d), dtype),
+            "ring_v": ((b, h, kv.ring_slots, d), dtype),
+            "sink_k": ((b, h, kv.sinks, d), dtype),
+            "sink_v": ((b, h, kv.sinks, d), dtype),
+            "readers": ((b, h, (kv.page + kv.rewind) // READER_STRIDE + 1, d), dtype),
+            "tracker": ((b, STATES, h, 3, d), torch.float32),
+            "length": ((b,), torch.int64),
+            "nonfinite": ((b,), torch.int64),
+        }
 
     def nbytes(self) -> dict[str, int]:
         """Allocated bytes: {"pages", "ring", "state"}; ring includes the sinks, state the readers and the tracker."""

@@ -23,7 +23,7 @@ class Pending:
     key: Tensor
     value: Tensor
     cache: LayerCache
-    config: Any
+    configs: list[Any]
     row_exact: bool
     done: bool = False
 
@@ -58,9 +58,9 @@ def attention_forward(
         return _plain(module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, **kwargs)
     if module.training:
         raise ValueError("the TurboQuant cache is for inference: call model.eval() first")
-    if key.config is not module.config:
+    if not any(module.config is c for c in key.configs):
         raise ValueError(
-            f"this TurboQuantCache was made for another model ({key.config.model_type}); make one for this model"
+            f"this TurboQuantCache was made for another model ({key.configs[0].model_type}); make one for this model"
         )
     if key.done:
         raise ValueError("this model shares keys and values between layers, which the TurboQuant cache cannot serve")

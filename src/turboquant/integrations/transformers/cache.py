@@ -33,9 +33,9 @@ class TurboQuantLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, cache: LayerCache, config: Any) -> None:
+    def __init__(self, cache: LayerCache, configs: list[Any]) -> None:
         super().__init__()
-        self.cache, self.config, self.row_exact = cache, config, False
+        self.cache, self.configs, self.row_exact = cache, configs, False
         self.is_sliding = cache.window is not None
         self.is_initialized = True
 
@@ -44,7 +44,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Keys and values (B, H, n, d) -> a Pending for the attention function, twice."""
-        pending = Pending(key_states, value_states, self.cache, self.config, self.row_exact)
+        pending = Pending(key_states, value_states, self.cache, self.configs, self.row_exact)
         return pending, pending
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -106,11 +106,12 @@ class TurboQuantCache(Cache):
             raise RecipeError(f"recipe {self.recipe.name!r} leaves the cache alone: name one with kv bits")
         config = model.config.get_text_config(decoder=True)
         types, options = get_layer_types_and_kwargs(config)
+        configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
         layers: list[Any] = []
         for i, (kind, kwargs) in enumerate(zip(types, options, strict=True)):
             if kind in OURS:
                 PageLayout(self.recipe.kv, _head_dim(model, config, i))
-                layers.append(TurboQuantLayer(LayerCache(self.recipe.kv, kwargs.get("sliding_window")), config))
+                layers.append(TurboQuantLayer(LayerCache(self.recipe.kv, kwargs.get("sliding_window")), configs))
             elif kind in NOT_OURS:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
             else:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
+from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 
 FORMAT = 1
@@ -92,19 +92,9 @@ def _part(path: Path, kv: Any, i: int, tensors: dict[str, Any], values: dict[str
     if part["ring_k"].dim() != 4:
         raise CacheFileError(f"{path}: tensor '{i}.ring_k' has shape {tuple(part['ring_k'].shape)}")
     b, h, _, d = part["ring_k"].shape
-    samples, dtype = (kv.page + kv.rewind) // READER_STRIDE + 1, part["ring_k"].dtype
     n_pages = max((p for row in values["table"] for p in row), default=-1) + 1
-    want = {
-        "pages": ((n_pages, h, PageLayout(kv, d).page_bytes), torch.uint8),
-        "ring_k": ((b, h, kv.ring_slots, d), dtype),
-        "ring_v": ((b, h, kv.ring_slots, d), dtype),
-        "sink_k": ((b, h, kv.sinks, d), dtype),
-        "sink_v": ((b, h, kv.sinks, d), dtype),
-        "readers": ((b, h, samples, d), dtype),
-        "tracker": ((b, STATES, h, 3, d), torch.float32),
-        "length": ((b,), torch.int64),
-        "nonfinite": ((b,), torch.int64),
-    }
+    want = CacheBuffers.specs(PageLayout(kv, d), b, h, part["ring_k"].dtype, n_pages)
+    del want["table"]
     for name, (shape, kind) in want.items():
         if tuple(part[name].shape) != shape or part[name].dtype != kind:
             raise CacheFileError(
