@@ -106,12 +106,15 @@ class TurboQuantCache(Cache):
             raise RecipeError(f"recipe {self.recipe.name!r} leaves the cache alone: name one with kv bits")
         config = model.config.get_text_config(decoder=True)
         types, options = get_layer_types_and_kwargs(config)
+        if isinstance(options, dict):  # transformers before 5.18: one set of options for all layers
+            options = [options] * len(types)
         configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
         layers: list[Any] = []
         for i, (kind, kwargs) in enumerate(zip(types, options, strict=True)):
             if kind in OURS:
                 PageLayout(self.recipe.kv, _head_dim(model, config, i))
-                layers.append(TurboQuantLayer(LayerCache(self.recipe.kv, kwargs.get("sliding_window")), configs))
+                window = kwargs["sliding_window"] if kind == "sliding_attention" else None
+                layers.append(TurboQuantLayer(LayerCache(self.recipe.kv, window), configs))
             elif kind in NOT_OURS:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
             else:
