@@ -1,0 +1,149 @@
+"""Recipe: every name parses back to what it names, and every wrong part is named with what is allowed."""
+
+import dataclasses
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turboquant.recipe import EXAMPLES, KV_BITS, KVRecipe, Recipe, RecipeError, parse_recipe
+
+
+def fails(text, *parts):
+    with pytest.raises(RecipeError) as e:
+        parse_recipe(text)
+    for part in parts:
+        assert part in str(e.value), f"{part!r} not in {e.value}"
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_examples_parse_to_themselves(text):
+    recipe = parse_recipe(text)
+    assert recipe.name == text and parse_recipe(recipe) is recipe
+
+
+def test_bits_and_codec():
+    got = parse_recipe("k4v3").kv
+    assert (got.key_bits, got.value_bits, got.codec) == (4, 3, "live")
+    got = parse_recipe("plaink8v2").kv
+    assert (got.key_bits, got.value_bits, got.codec) == (8, 2, "plain")
+    assert parse_recipe(" KV4 ").kv == KVRecipe()
+    assert parse_recipe("plainkv4") == parse_recipe("plain4")
+    assert Recipe().name == "none"
+
+
+def test_defaults_are_spelt_out_nowhere():
+    assert parse_recipe("kv4").kv == KVRecipe()
+    for f in dataclasses.fields(KVRecipe):
+        if f.name not in ("key_bits", "value_bits", "codec"):
+            assert parse_recipe(f"kv4:{f.name}={f.default}").name == "kv4"
+
+
+@st.composite
+def recipes(draw):
+    page = draw(st.sampled_from([16, 32, 64, 128, 512]))
+    return KVRecipe(
+        key_bits=draw(st.sampled_from(KV_BITS)),
+        value_bits=draw(st.sampled_from(KV_BITS)),
+        codec=draw(st.sampled_from(["live", "plain"])),
+        page=page,
+        hot=draw(st.integers(-1, 64)),
+        ring=draw(st.integers(0, 4096)),
+        sinks=draw(st.integers(0, 64)),
+        rewind=draw(st.integers(0, page)),
+        decay=draw(st.floats(0, 0.999)),
+        blend=draw(st.floats(0.001, 1)),
+    )
+
+
+@given(recipes())
+def test_name_and_parse_are_inverse(kv):
+    if kv.rewind > KVRecipe(page=kv.page, rewind=0).page:
+        return
+    assert parse_recipe(Recipe(kv).name).kv == kv
+
+
+@given(recipes(), st.sampled_from([16, 64, 80, 128, 256]))
+def test_derived_sizes(kv, head_dim):
+    assert kv.ring_slots % 16 == 0
+    assert kv.ring_slots >= max(kv.ring, kv.page) + kv.rewind, "the ring must hold the open page and what crop returns"
+    assert kv.ring_slots - max(kv.ring, kv.page) - kv.rewind < 16
+    assert kv.chunk >= 1
+    hot = kv.hot_channels(head_dim)
+    assert 0 <= hot <= head_dim // 2 and (kv.codec == "live" or hot == 0)
+    if kv.codec == "live" and kv.hot >= 0:
+        assert hot == min(kv.hot, head_dim // 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("kv5x", "kv4"), ("kv5", "kv4"), ("plan4", "plain4"), ("kv", "kv4"), ("k4v", "k4v3")]
+)
+def test_unknown_recipe_says_what_may_be_meant(text, meant):
+    assert meant in EXAMPLES
+    with pytest.raises(RecipeError) as e:
+        parse_recipe(text)
+    hint = re.search(r"Did you mean '(\w+)'\?", str(e.value))
+    assert repr(text) in str(e.value) and hint and "Known: kvB" in str(e.value)
+    assert hint[1][:2] == meant[:2]
+
+
+def test_nonsense_gets_no_hint():
+    with pytest.raises(RecipeError) as e:
+        parse_recipe("zzz")
+    assert "Did you mean" not in str(e.value) and all(x in str(e.value) for x in EXAMPLES)
+
+
+@pytest.mark.parametrize("text", ["", "4", "kv4kv4", "kv1", "kv16", "k4v16", "plain5", "kv-4", "none"])
+def test_unknown_recipe(text):
+    fails(text, "unknown recipe", repr(text), str(KV_BITS))
+
+
+ALLOWED = {
+    "page": (["0", "8", "40", "528", "-16"], "a multiple of 16 from 16 to 512"),
+    "hot": (["-2", "65"], "from 0 to 64, or -1 for the default"),
+    "ring": (["-1", "65537"], "from 0 to 65536 tokens"),
+    "sinks": (["-1", "65"], "from 0 to 64 tokens"),
+    "rewind": (["-1", "513"], "from 0 to page="),
+    "decay": (["-0.1", "1", "1.5", "nan"], "in [0, 1)"),
+    "blend": (["0", "1.1", "-1", "nan"], "in (0, 1]"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, (values, _) in ALLOWED.items() for v in values])
+def test_option_out_of_range_names_option_value_and_range(name, value):
+    fails(f"kv4:{name}={value}", f"{name}=", value.lstrip("-"), ALLOWED[name][1])
+
+
+def test_every_option_has_its_error_tested():
+    options = {f.name for f in dataclasses.fields(KVRecipe)} - {"key_bits", "value_bits", "codec"}
+    assert options == set(ALLOWED)
+
+
+def test_wrong_fields():
+    for field, value in (("key_bits", 5), ("value_bits", 1), ("codec", "magic")):
+        with pytest.raises(RecipeError, match=field):
+            KVRecipe(**{field: value})
+
+
+def test_unknown_option():
+    fails("kv4:rings=3", "unknown option 'rings'", "Did you mean 'ring'?", "kv4:rings=3", "sinks")
+    fails("kv4:key_bits=3", "unknown option 'key_bits'")
+    fails("kv4:codec=plain", "unknown option 'codec'")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [("ring=x", "a whole number"), ("ring=1.5", "a whole number"), ("decay=x", "a number")]
+)
+def test_option_of_the_wrong_kind(value, kind):
+    fails(f"kv4:{value}", value.split("=")[0], repr(value.split("=")[1]), kind)
+
+
+@pytest.mark.parametrize("text", ["kv4:ring", "kv4:ring=", "kv4:,", "kv4:ring=1,", "kv4:ring=1,ring"])
+def test_option_without_value(text):
+    fails(text, text)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        KVRecipe().ring = 3
