@@ -1,0 +1,254 @@
+"""What a quantized cache costs: the same windows of text, teacher-forced, with and without it.
+
+Perplexity alone can improve by luck; the KL divergence, the top-1 agreement and the overlap of the next-token
+distributions decide. Recipes run through the real TurboQuantCache, every row reading exactly what it would read in
+decode (`row_exact`); whole windows are fed at once, since the cache splits them itself where that matters. Base and
+changed hidden states are kept, never logits.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant import __version__
+from turboquant.evaluate.attention import implementation
+from turboquant.evaluate.baselines import BASELINES, Baseline
+from turboquant.evaluate.errors import EvaluateError
+from turboquant.evaluate.heads import Head
+from turboquant.evaluate.results import Rows, finite
+from turboquant.evaluate.texts import digest, read_texts, windows
+from turboquant.kernels.ops import explain
+from turboquant.recipe import Recipe, RecipeError, parse_recipe
+
+BASE = "base"
+PIECE = 8192  # columns fed in one forward pass
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+
+Progress = Callable[[str, int, int], None]  # (what, done, of)
+
+
+@dataclass
+class _Run:
+    """What one pass over all windows gave: final hidden states (windows, ctx, hidden), and facts for the row."""
+
+    hidden: Tensor
+    facts: dict[str, Any]
+
+
+def scheme(name: str | Recipe) -> "str | Baseline | Recipe":
+    """ "base", a Baseline or a Recipe by its name.
+
+    Raises:
+        RecipeError: none of them.
+    """
+    if name == BASE:
+        return BASE
+    if isinstance(name, str) and name in BASELINES:
+        return BASELINES[name]
+    try:
+        recipe = parse_recipe(name)
+    except RecipeError as e:
+        raise RecipeError(f"{e} To compare with: {BASE}, {', '.join(BASELINES)}.") from None
+    if recipe.kv is None:
+        raise RecipeError(f"recipe {recipe.name!r} leaves the cache alone: name one with kv bits")
+    return recipe
+
+
+@torch.no_grad()
+def fidelity(
+    model: Any,
+    tokenizer: Any,
+    recipes: Sequence[str | Recipe],
+    texts: str | Path | Sequence[str | Path],
+    ctx: int = 2048,
+    tokens: int = 24_576,
+    *,
+    batch: int | None = None,
+    stride: int = 1,
+    name: str | None = None,
+    json: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Perplexity change, KL, top-1 and match of each recipe against the unquantized model.
+
+    Args:
+        model, tokenizer: a causal language model of transformers, in eval mode, and its tokenizer.
+        recipes: names of recipes ("kv4"), of baselines ("kivi-g32+ring", see baselines.py) or "base".
+        texts: files (Path) or texts themselves (str).
+        ctx: tokens of a window.
+        tokens: at least so many tokens in all: ceil(tokens/ctx) windows, spread evenly over the texts.
+        batch: windows at a time; by default what fits 8192 tokens on a CPU and 65536 on a GPU.
+        stride: KL, top-1 and match are taken at every stride-th position.
+        name: of the model, for the rows.
+        json: file for the rows, written after every recipe. A rerun with the same settings keeps what is in it.
+        progress: called with (recipe, windows done, windows of it).
+
+    Returns:
+        one row a recipe, in their order: recipe, model, dtype, device, kernel, ctx, tokens, stride, text, version;
+        ppl_base, ppl, dppl_percent, dppl_se; kl (nats), top1, match (percent) and kl_se, top1_se, match_se;
+        key_bits, value_bits (everything in a page counted); cache_bytes, ring_bytes, base_cache_bytes for
+        cache_tokens tokens; nonfinite; seconds. The standard errors take positions as independent.
+
+    Raises:
+        EvaluateError, RecipeError: before any work: unknown recipe, a text shorter than ctx, too little text.
+    """
+    plan = [scheme(r) for r in recipes]
+    if not plan:
+        raise EvaluateError("recipes is empty; name at least one, for example 'kv4'")
+    if stride < 1 or (batch is not None and batch < 1):
+        raise EvaluateError(f"stride={stride}, batch={batch} is not allowed: both must be at least 1")
+    for s in plan:
+        if isinstance(s, Recipe):
+            _cache(model, s)  # refuses head_dim and layer types it cannot serve
+    contents = read_texts(texts)
+    ids = windows(tokenizer, contents, ctx, tokens).to(model.device)
+    batch = batch or max(1, BATCH_TOKENS.get(model.device.type, 8192) // ctx)
+    settings = {
+        "model": name or getattr(model.config, "_name_or_path", "") or model.config.model_type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": _device_name(model.device),
+        "ctx": ctx,
+        "tokens": ids.numel(),
+        "stride": stride,
+        "text": digest(contents),
+        "version": __version__,
+    }
+    rows = Rows(json, settings)
+    todo = [s for s in plan if scheme_name(s) not in rows]
+    if todo:
+        say = progress or (lambda *_: None)
+        head = Head.of(model, ids[:1, :8])
+        base = _run(model, head, BASE, ids, batch, say)
+        states, target = base.hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        nll = head.nll(states, target)
+        for s in todo:
+            run = base if s == BASE else _run(model, head, s, ids, batch, say)
+            changed = run.hidden[:, :-1].flatten(0, 1)
+            some = torch.arange(0, len(target), stride, device=target.device)
+            scores = head.compare(states[some], changed[some])
+            facts = {"base_cache_bytes": base.facts["cache_bytes"]} | run.facts
+            if isinstance(s, Baseline):
+                facts |= _baseline_bytes(s, base.facts)
+            rows.add(scheme_name(s), _statistics(nll, head.nll(changed, target), scores) | facts)
+    return [rows[scheme_name(s)] for s in plan]
+
+
+def scheme_name(s: "str | Baseline | Recipe") -> str:
+    """As it was asked for; the cache's plain4 keeps an option in its name, for "plain4" alone is the baseline."""
+    if isinstance(s, Recipe) and s.kv is not None and s.name in BASELINES:
+        return f"{s.name}:ring={s.kv.ring}"
+    return s if isinstance(s, str) else s.name
+
+
+def _cache(model: Any, recipe: Recipe) -> Any:
+    from turboquant.integrations.transformers import TurboQuantCache
+
+    with implementation(model):  # making a cache switches the model; here only its checks are wanted
+        cache = TurboQuantCache(model, recipe)
+    cache.row_exact = True
+    return cache
+
+
+def _run(model: Any, head: Head, s: "str | Baseline | Recipe", ids: Tensor, batch: int, progress: Progress) -> _Run:
+    """All windows through the model under one scheme."""
+    from transformers import DynamicCache
+
+    from turboquant.integrations.transformers.attention import NAME
+
+    began, hidden, facts = time.perf_counter(), [], dict[str, Any]()
+    attention = NAME if isinstance(s, Recipe) else s.attention if isinstance(s, Baseline) else None
+    nonfinite = 0
+    progress(scheme_name(s), 0, len(ids))
+    with implementation(model, attention):
+        for i in range(0, len(ids), batch):
+            part = ids[i : i + batch]
+            cache: Any = None
+            if isinstance(s, Recipe):
+                cache = _cache(model, s)
+            elif s == BASE:
+                cache = DynamicCache(config=model.config)
+            hidden.append(_forward(head.decoder, part, cache))
+            if isinstance(s, Recipe):
+                nonfinite += cache.nonfinite_tokens
+            facts = facts or _facts(s, cache, part)
+            progress(scheme_name(s), min(i + batch, len(ids)), len(ids))
+    facts |= {"nonfinite": nonfinite, "seconds": round(time.perf_counter() - began, 2)}
+    return _Run(torch.cat(hidden), facts)
+
+
+def _forward(decoder: Any, ids: Tensor, cache: Any) -> Tensor:
+    """(windows, ctx) ids -> (windows, ctx, hidden); with a cache in pieces, since masks grow with their square."""
+    if cache is None:
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+    parts = [
+        decoder(input_ids=ids[:, i : i + PIECE], past_key_values=cache, use_cache=True).last_hidden_state
+        for i in range(0, ids.shape[1], PIECE)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _facts(s: "str | Baseline | Recipe", cache: Any, ids: Tensor) -> dict[str, Any]:
+    """Bits, bytes and kernel of the first batch."""
+    out: dict[str, Any] = {"cache_tokens": ids.numel()}
+    if isinstance(s, Recipe):
+        size = cache.nbytes()
+        key_bits, value_bits = cache.bits()
+        layout = cache.ours[0].cache.layout
+        kernels = {row["op"]: row["kernel"] for row in explain(layout, ids.device)}
+        same = set(kernels.values())
+        kernel = same.pop() if len(same) == 1 else ", ".join(f"{op}: {k}" for op, k in kernels.items())
+        out |= {"key_bits": key_bits, "value_bits": value_bits, "kernel": kernel}
+        out |= {"cache_bytes": size["total"], "ring_bytes": size["ring"]}
+    elif s == BASE:
+        layers = [x for x in cache.layers if getattr(x, "keys", None) is not None]
+        bits = layers[0].keys.dtype.itemsize * 8.0
+        out |= {"key_bits": bits, "value_bits": bits, "kernel": "transformers"}
+        out |= {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in layers), "ring_bytes": 0}
+        out["shapes"] = [tuple(x.keys.shape) for x in layers]
+    return out
+
+
+def _baseline_bytes(s: Baseline, base: dict[str, Any]) -> dict[str, Any]:
+    """What a cache of this scheme would take for the numbers in the base's cache; nothing is allocated for it."""
+    total = ring = key = value = weight = 0.0
+    for b, h, n, d in base["shapes"]:
+        key, value, weight = key + s.key_bits(d) * d, value + s.value_bits(d) * d, weight + d
+        exact = min(n, s.ring + s.sinks)
+        ring += 2 * b * h * exact * d * base["key_bits"] / 8
+        total += b * h * n * d * (s.key_bits(d) + s.value_bits(d)) / 8
+    return {
+        "key_bits": key / weight,
+        "value_bits": value / weight,
+        "cache_bytes": round(total + ring),
+        "ring_bytes": round(ring),
+        "kernel": "fake-quant",
+    }
+
+
+def _statistics(base: Tensor, nll: Tensor, scores: Tensor) -> dict[str, float]:
+    """The measures of a row from per-token NLL (n,) of both runs and (3, m) KL, top-1 and match."""
+    difference, per_cent = (nll - base).double(), torch.tensor([[1.0], [100.0], [100.0]], dtype=torch.float64)
+    scores = scores.double().cpu() * per_cent
+    out = {
+        "ppl_base": base.double().mean().exp().item(),
+        "ppl": nll.double().mean().exp().item(),
+        "dppl_percent": 100 * difference.mean().expm1().item(),
+        "dppl_se": 100 * standard_error(difference),
+    }
+    for key, x in zip(("kl", "top1", "match"), scores, strict=True):
+        out |= {key: x.mean().item(), f"{key}_se": standard_error(x)}
+    return {key: finite(x) for key, x in out.items()}
+
+
+def standard_error(x: Tensor) -> float:
+    """Standard error of the mean of independent samples (n,)."""
+    return (x.std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

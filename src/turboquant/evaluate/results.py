@@ -1,0 +1,82 @@
+"""Rows on disk: JSON and other files written whole or not at all, and runs that go on where they stopped."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from turboquant.evaluate.errors import EvaluateError
+
+
+def write(path: str | Path, data: str | bytes) -> Path:
+    """Write to a temporary file beside `path`, then rename, so that nobody ever reads half a file.
+
+    Raises:
+        EvaluateError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    except OSError as e:
+        raise EvaluateError(f"{path} cannot be written: {e.strerror}") from e
+    try:
+        with os.fdopen(handle, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def finite(x: Any) -> Any:
+    """None for NaN and infinities, which JSON does not have."""
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
+def dumps(value: Any) -> str:
+    """JSON as people can read it."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+class Rows:
+    """Rows by recipe, kept in a JSON file (a list of objects) if there is one.
+
+    Args:
+        path: of the file, or None. Rows in it that were made with `settings` count as done; a recipe that is measured
+            again takes its old row's place.
+        settings: what every row carries and what must agree.
+
+    Raises:
+        EvaluateError: the file exists and is no list of rows (it is left alone).
+    """
+
+    def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
+        self.path, self.settings = Path(path) if path else None, settings
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.path is None:
+            return
+        if not self.path.parent.is_dir():
+            raise EvaluateError(f"{self.path} cannot be written: there is no folder {self.path.parent}")
+        if self.path.exists():
+            try:
+                old = json.loads(self.path.read_text(encoding="utf-8"))
+                self.rows = {row["recipe"]: row for row in old if settings.items() <= row.items()}
+            except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+                raise EvaluateError(f"{self.path} exists and is no list of rows: move it away first") from e
+
+    def __contains__(self, recipe: str) -> bool:
+        return recipe in self.rows
+
+    def __getitem__(self, recipe: str) -> dict[str, Any]:
+        return self.rows[recipe]
+
+    def add(self, recipe: str, values: dict[str, Any]) -> None:
+        """Put a finished row in, and on disk."""
+        values = {k: v for k, v in values.items() if k != "shapes"}
+        self.rows[recipe] = {"recipe": recipe} | self.settings | values
+        if self.path is not None:
+            write(self.path, dumps(list(self.rows.values())))
