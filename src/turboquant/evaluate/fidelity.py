@@ -91,8 +91,8 @@ def fidelity(
     Returns:
         one row a recipe, in their order: recipe, model, dtype, device, kernel, ctx, tokens, stride, text, version;
         ppl_base, ppl, dppl_percent, dppl_se; kl (nats), top1, match (percent) and kl_se, top1_se, match_se;
-        key_bits, value_bits (everything in a page counted); cache_bytes, ring_bytes, base_cache_bytes for
-        cache_tokens tokens; nonfinite; seconds. The standard errors take positions as independent.
+        key_bits, value_bits (everything in a page counted); cache_bytes (of them ring_bytes and
+        state_bytes) and base_cache_bytes for cache_tokens tokens; nonfinite; seconds. The standard errors take positions as independent.
 
     Raises:
         EvaluateError, RecipeError: before any work: unknown recipe, a text shorter than ctx, too little text.
@@ -203,12 +203,12 @@ def _facts(s: "str | Baseline | Recipe", cache: Any, ids: Tensor) -> dict[str, A
         same = set(kernels.values())
         kernel = same.pop() if len(same) == 1 else ", ".join(f"{op}: {k}" for op, k in kernels.items())
         out |= {"key_bits": key_bits, "value_bits": value_bits, "kernel": kernel}
-        out |= {"cache_bytes": size["total"], "ring_bytes": size["ring"]}
+        out |= {"cache_bytes": size["total"], "ring_bytes": size["ring"], "state_bytes": size["state"]}
     elif s == BASE:
         layers = [x for x in cache.layers if getattr(x, "keys", None) is not None]
         bits = layers[0].keys.dtype.itemsize * 8.0
         out |= {"key_bits": bits, "value_bits": bits, "kernel": "transformers"}
-        out |= {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in layers), "ring_bytes": 0}
+        out |= {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in layers), "ring_bytes": 0, "state_bytes": 0}
         out["shapes"] = [tuple(x.keys.shape) for x in layers]
     return out
 
@@ -226,6 +226,7 @@ def _baseline_bytes(s: Baseline, base: dict[str, Any]) -> dict[str, Any]:
         "value_bits": value / weight,
         "cache_bytes": round(total + ring),
         "ring_bytes": round(ring),
+        "state_bytes": 0,
         "kernel": "fake-quant",
     }
 
