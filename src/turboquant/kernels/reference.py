@@ -25,6 +25,7 @@ from turboquant.maths.tracker import ChannelStats, ChannelTracker, page_stats
 from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
 from turboquant.packed.page import PageLayout, pack_page, unpack_keys, unpack_values
 
+PAGES_AT_ONCE = 256  # pages of a sequence encoded together: bounds the workspace of append
 TILE_LOGITS = 1 << 24  # logits of one tile: bounds the workspace of attention to a few times 64 MiB
 
 
@@ -46,28 +47,34 @@ def _finite(x: Tensor) -> Tensor:
     return torch.nan_to_num(x.float(), nan=0.0, posinf=65504.0, neginf=-65504.0)
 
 
-def encode_page(
+def encode_pages(
     layout: PageLayout, k: Tensor, v: Tensor, power: Tensor, usable: Tensor, state: ChannelStats | None
 ) -> tuple[Tensor, ChannelStats]:
-    """One page of (..., P, d) keys and values -> its bytes (..., page_bytes) and the tracker state after it.
+    """Successive pages of (..., m, P, d) keys and values -> their bytes (..., m, page_bytes) and the states after each.
 
     Args:
         k, v: fp32 as they came, non-finite values included.
-        power: (..., d) mean of q² over the page's reader samples.
-        usable: (..., P) bool, False for attention sinks and tokens with a non-finite value.
-        state: tracker state before the page, None for the first page of a sequence.
+        power: (..., m, d) mean of q² over each page's reader samples.
+        usable: (..., m, P) bool, False for attention sinks and tokens with a non-finite value.
+        state: tracker state (..., d) before the first of them, None at the beginning of a sequence.
     """
     kv = layout.kv
     k, v = _finite(k), _finite(v)
     if kv.codec == "plain":
-        keys: LiveCodes | PlainCodes = encode_plain(k, kv.key_bits)
-        return pack_page(layout, keys, encode_plain(v, kv.value_bits)), ChannelStats(power, power, power)
+        data = pack_page(layout, encode_plain(k, kv.key_bits), encode_plain(v, kv.value_bits))
+        return data, ChannelStats(power, power, power)
     own = page_stats(k, power, usable)
-    tracker = ChannelTracker(kv.decay, state)
-    keys = encode_keys(k, tracker.frozen(own, kv.blend), kv.key_bits, layout.hot, usable)
-    tracker.update(own)
-    assert tracker.state is not None
-    return pack_page(layout, keys, encode_values(v, kv.value_bits, usable)), tracker.state
+    tracker, frozen, after = ChannelTracker(kv.decay, state), [], []
+    for i in range(k.shape[-3]):
+        page = ChannelStats(own.mean[..., i, :], own.var[..., i, :], own.power[..., i, :])
+        frozen.append(tracker.frozen(page, kv.blend).stack())
+        tracker.update(page)
+        assert tracker.state is not None
+        after.append(tracker.state.stack())
+    stats = ChannelStats.unstack(torch.stack(frozen, -3))
+    keys = encode_keys(k, stats, kv.key_bits, layout.hot, usable)
+    data = pack_page(layout, keys, encode_values(v, kv.value_bits, usable))
+    return data, ChannelStats.unstack(torch.stack(after, -3))
 
 
 def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -124,15 +131,17 @@ def _append_rows(
         reader = torch.cat([buf.readers[rows][:, :, old_reader % buf.readers.shape[2]], sample], 2)
         reader = reader[:, :, : take // READER_STRIDE].unflatten(2, (-1, size // READER_STRIDE))
         position = torch.arange(first * size, first * size + take, device=k.device).view(-1, size)
-        for i in range(end // size - first):
-            page = first + i
-            kf, vf = page_k[:, :, i].float(), page_v[:, :, i].float()
-            usable = (kf.isfinite().all(-1) & vf.isfinite().all(-1)) & (position[i] >= sinks)
-            power = reader[:, :, i].float().square().mean(2)
-            state = ChannelStats.unstack(buf.tracker[rows, (page - 1) % STATES]) if page else None
-            data, state = encode_page(layout, kf, vf, power, usable, state)
-            buf.pages[buf.table[rows, page].long()] = data
-            buf.tracker[rows, page % STATES] = state.stack()
+        for i in range(0, end // size - first, PAGES_AT_ONCE):
+            some = slice(i, i + PAGES_AT_ONCE)
+            page = torch.arange(first, end // size, device=k.device)[some]
+            kf, vf = page_k[:, :, some].float(), page_v[:, :, some].float()
+            usable = (kf.isfinite().all(-1) & vf.isfinite().all(-1)) & (position[some] >= sinks)
+            power = reader[:, :, some].float().square().mean(3)
+            before = ChannelStats.unstack(buf.tracker[rows, (first + i - 1) % STATES]) if first + i else None
+            data, states = encode_pages(layout, kf, vf, power, usable, before)
+            buf.pages[buf.table[rows][:, page].long()] = data.transpose(1, 2)
+            for j in range(max(0, len(page) - STATES), len(page)):
+                buf.tracker[rows, (first + i + j) % STATES] = states.stack()[:, :, j]
 
     keep = torch.arange(max(start, end - slots), end, device=k.device)
     buf.ring_k[rows.unsqueeze(1), :, keep % slots] = k[:, :, keep - start].transpose(1, 2)
