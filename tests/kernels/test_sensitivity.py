@@ -28,7 +28,7 @@ def attention_logs(q, k):
 
 
 def damage(real):
-    """{case: KL of the attention weights with every key but the sinks read from its page}, second half of the tokens."""
+    """{case: KL of the attention weights with all keys but the sinks read from pages}, second half of the tokens."""
     out = {}
     for name, page, bits in itertools.product(LAYERS, PAGES, (3, 4)):
         q, k, v = (real[f"{name}.{x}"].unsqueeze(0) for x in "qkv")

@@ -30,7 +30,7 @@ def join(a, b, n):
 def test_within_rewind_the_tokens_never_came(recipe, window, before, run, tokens, state, same):
     old = [tokens(2, 1, 120, 32, seed=s) for s in range(2)]
     new = [tokens(2, 1, 60, 32, seed=s + 10) for s in range(2)]
-    for back in range(1, kv(recipe).rewind + 1):
+    for back in sorted({1, 2, 7, kv(recipe).rewind}):
         # speculation: `back` tokens come one chunk, are rejected, and others come instead
         tried = run(LayerCache(kv(recipe), window), old)
         tried.step(before)
