@@ -91,8 +91,9 @@ def fidelity(
     Returns:
         one row a recipe, in their order: recipe, model, dtype, device, kernel, ctx, tokens, stride, text, version;
         ppl_base, ppl, dppl_percent, dppl_se; kl (nats), top1, match (percent) and kl_se, top1_se, match_se;
-        key_bits, value_bits (everything in a page counted); cache_bytes (of them ring_bytes and
-        state_bytes) and base_cache_bytes for cache_tokens tokens; nonfinite; seconds. The standard errors take positions as independent.
+        key_bits, value_bits (everything in a page counted); cache_bytes (of them ring_bytes and state_bytes) and
+        base_cache_bytes for cache_tokens tokens; nonfinite; seconds. The standard errors take positions as
+        independent.
 
     Raises:
         EvaluateError, RecipeError: before any work: unknown recipe, a text shorter than ctx, too little text.

@@ -32,6 +32,21 @@ def write(path: str | Path, data: str | bytes) -> Path:
     return path
 
 
+def check_output(path: "str | Path | None") -> None:
+    """Refuse early what `write` could not write.
+
+    Raises:
+        EvaluateError: the folder does not exist, or the path is a folder.
+    """
+    if path is None or str(path) == "-":
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise EvaluateError(f"{path} cannot be written: it is a folder, give a file name")
+    if not path.parent.is_dir():
+        raise EvaluateError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
 def finite(x: Any) -> Any:
     """None for NaN and infinities, which JSON does not have."""
     return None if isinstance(x, float) and not math.isfinite(x) else x
@@ -59,8 +74,7 @@ class Rows:
         self.rows: dict[str, dict[str, Any]] = {}
         if self.path is None:
             return
-        if not self.path.parent.is_dir():
-            raise EvaluateError(f"{self.path} cannot be written: there is no folder {self.path.parent}")
+        check_output(self.path)
         if self.path.exists():
             try:
                 old = json.loads(self.path.read_text(encoding="utf-8"))
