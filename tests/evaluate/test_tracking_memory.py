@@ -69,13 +69,14 @@ def test_memory_is_that_of_the_tensors(tiny_llama):
     assert rows["kv2"]["pages_bytes"] < rows["kv4"]["pages_bytes"] < rows["base"]["pages_bytes"] / 5
     r = rows["kv4"]
     assert r["total_bytes"] == r["pages_bytes"] + r["ring_bytes"] + r["state_bytes"]
-    assert r["ratio"] == pytest.approx(rows["base"]["total_bytes"] / r["total_bytes"])
+    assert r["ratio"] == pytest.approx(sixteen_bit_bytes(cache) / r["total_bytes"]) and rows["base"]["ratio"] == 0.5
     with pytest.raises(EvaluateError, match="tokens=0"):
         memory(tiny_llama, ["kv4"], 0)
 
 
 def test_memory_from_fidelity_rows():
     row = {"recipe": "kv4", "ctx": 64, "cache_tokens": 128, "cache_bytes": 300, "ring_bytes": 100, "state_bytes": 50}
+    row["dtype"] = "float32"
     base, kv4 = from_fidelity([row | {"base_cache_bytes": 1200}])
     assert (base["recipe"], base["bytes_per_token"], base["sequences"]) == ("base", 1200 / 128, 2)
-    assert (kv4["pages_bytes"], kv4["ratio"], kv4["pages_per_token"]) == (150, 4, 150 / 128)
+    assert (kv4["pages_bytes"], kv4["ratio"], kv4["pages_per_token"]) == (150, 2, 150 / 128)

@@ -26,7 +26,7 @@ def memory(
     Returns:
         rows {"recipe", "tokens" (batch·tokens), "sequences", "pages_bytes", "ring_bytes", "state_bytes", "total_bytes",
         "bytes_per_token", "pages_per_token" (what one token more costs), "ratio"}; the base's
-        numbers stand in pages_bytes, ratio is base over total.
+        numbers stand in pages_bytes; ratio says how many times smaller than a 16-bit cache of the same tokens.
 
     Raises:
         EvaluateError, RecipeError: before any work.
@@ -43,6 +43,7 @@ def memory(
     size = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, size, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)
     rows: list[dict[str, Any]] = []
+    sixteen = 0.0
     for s in [BASE, *(s for s in plan if s != BASE)]:
         with implementation(model):
             cache: Any = TurboQuantCache(model, s) if isinstance(s, Recipe) else DynamicCache(config=model.config)
@@ -53,11 +54,13 @@ def memory(
         else:
             held = [x for x in cache.layers if getattr(x, "keys", None) is not None]
             parts = {"pages": sum(x.keys.nbytes + x.values.nbytes for x in held), "ring": 0, "state": 0}
-        rows.append(_row(scheme_name(s), batch * tokens, batch, parts, rows[0]["total_bytes"] if rows else None))
+        if s == BASE:
+            sixteen = sum(parts.values()) * 2 / model.dtype.itemsize
+        rows.append(_row(scheme_name(s), batch * tokens, batch, parts, sixteen))
     return rows
 
 
-def _row(name: str, tokens: int, sequences: int, parts: dict[str, int], base: int | None) -> dict[str, Any]:
+def _row(name: str, tokens: int, sequences: int, parts: dict[str, int], sixteen: float) -> dict[str, Any]:
     total = parts["pages"] + parts["ring"] + parts["state"]
     return {
         "recipe": name,
@@ -69,7 +72,7 @@ def _row(name: str, tokens: int, sequences: int, parts: dict[str, int], base: in
         "total_bytes": total,
         "bytes_per_token": total / tokens,
         "pages_per_token": parts["pages"] / tokens,
-        "ratio": (base or total) / total,
+        "ratio": sixteen / total,
     }
 
 
@@ -78,13 +81,14 @@ def from_fidelity(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if not rows:
         return []
     first = rows[0]
-    n, sequences = first["cache_tokens"], first["cache_tokens"] // first["ctx"]
-    out = [_row(BASE, n, sequences, {"pages": first["base_cache_bytes"], "ring": 0, "state": 0}, None)]
+    n, sequences, base = first["cache_tokens"], first["cache_tokens"] // first["ctx"], first["base_cache_bytes"]
+    sixteen = base * 2 / getattr(torch, first["dtype"]).itemsize
+    out = [_row(BASE, n, sequences, {"pages": base, "ring": 0, "state": 0}, sixteen)]
     for r in rows:
         if r["recipe"] != BASE:
             rest = r["cache_bytes"] - r["ring_bytes"] - r["state_bytes"]
             parts = {"pages": rest, "ring": r["ring_bytes"], "state": r["state_bytes"]}
-            out.append(_row(r["recipe"], n, sequences, parts, r["base_cache_bytes"]))
+            out.append(_row(r["recipe"], n, sequences, parts, sixteen))
     return out
 
 

@@ -101,9 +101,9 @@ def bytes_plot(rows: Sequence[dict[str, Any]]) -> Any:
         ax.barh(names, width, left=left, color=colour, label=label, height=0.62)
         left = [a + b for a, b in zip(left, width, strict=True)]
     for name, x, r in zip(names, left, rows, strict=True):
-        ax.annotate(f"{x:.1f}   ({r['ratio']:.1f}×)" if r["ratio"] != 1 else f"{x:.1f}", (x, name), (5, 0),
+        ax.annotate(f"{x:.1f}" if name == "base" else f"{x:.1f}   ({r['ratio']:.1f}× below 16 bit)", (x, name), (5, 0),
                     textcoords="offset points", va="center", fontsize=9)  # fmt: skip
-    ax.set_xlim(0, max(left) * 1.18)
+    ax.set_xlim(0, max(left) * 1.12)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     sequences, tokens = rows[0]["sequences"], rows[0]["tokens"]

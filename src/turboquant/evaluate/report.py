@@ -30,7 +30,7 @@ MEMORY: Columns = (
     ("of it pages", "pages_per_token", "{:,.0f}"),
     ("ring and sinks in all", "ring_bytes", "{:,}"),
     ("tracker in all", "state_bytes", "{:,}"),
-    ("smaller by", "ratio", "{:.2f}×"),
+    ("than 16 bit, smaller by", "ratio", "{:.2f}×"),
 )
 NEEDLE: Columns = (
     ("recipe", "recipe", "{}"),
@@ -138,7 +138,7 @@ def fidelity_sections(rows: Sequence[dict[str, Any]]) -> list[Section]:
         Section(
             "Bytes per token",
             f"Allocated for {sizes[0]['tokens']} tokens in {sizes[0]['sequences']} sequences. Schemes whose kernel is "
-            "fake-quant store nothing: theirs are computed from their bits.",
+            "fake-quant store nothing: theirs are computed from their bits. The ring is in the dtype of the model.",
             table=cells(sizes, MEMORY),
             images=[("bytes", bytes_plot(sizes))],
         ),
