@@ -180,6 +180,20 @@ def test_saved_state_continues_bit_equal(recipe, run, tokens, state, same):
         assert torch.equal(other.output(i), r.output(i)[:, -other.output(i).shape[1] :])
 
 
+def test_saved_state_without_any_page_left(run, tokens):
+    """A window so short that every page was released, beside a sequence that has none yet."""
+    recipe, sequences = kv("kv4:page=16,ring=0,sinks=0,rewind=0"), [tokens(2, 1, N, 32, seed=s) for s in range(2)]
+    r = feed(run, LayerCache(recipe, 1), sequences, [(33, 5)])
+    copy = LayerCache(recipe, 1)
+    copy.load(*r.cache.state())
+    other = run(copy, sequences)
+    other.at = list(r.at)
+    for x in (r, other):
+        x.step((1, 1))
+    for i in range(2):
+        assert torch.equal(other.output(i), r.output(i)[:, -1:])
+
+
 def test_empty_state_round_trip():
     cache, copy = LayerCache(kv("kv4")), LayerCache(kv("kv4"))
     copy.load(*cache.state())

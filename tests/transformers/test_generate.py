@@ -128,6 +128,32 @@ def test_continue_a_conversation(tiny, prompt):
     assert torch.equal(second, want)
 
 
+def test_a_crop_that_is_refused_changes_no_layer(tiny, prompt):
+    """The first layer could take the tokens back, the second has released the pages."""
+    model = tiny("gemma3", layer_types=["full_attention", "sliding_attention", "full_attention"])
+    cache = TurboQuantCache(model, f"kv4:{SMALL}")
+    with torch.no_grad():
+        model(**prompt((80, 80)), past_key_values=cache)
+    with pytest.raises(CacheError, match="released pages"):
+        cache.crop(-30)
+    assert [c.cache.lengths for c in cache.ours] == [[80, 80]] * 3 and cache.get_seq_length() == 80
+
+
+def test_crop_of_tokens_to_keep_is_the_older_meaning(tiny, prompt):
+    """transformers before 5.18 names the length to keep."""
+    model = tiny("llama-gqa")
+    cache = TurboQuantCache(model, f"kv4:{SMALL}")
+    with torch.no_grad():
+        model(**prompt((40, 40)), past_key_values=cache)
+    cache.crop(36)
+    assert cache.get_seq_length() == 36
+    cache.crop(-3)
+    assert cache.get_seq_length() == 33
+    cache.crop(40)
+    cache.crop(0)
+    assert cache.get_seq_length() == 33
+
+
 def test_memory(tiny, prompt):
     """The ring stays as it is while pages grow; no other tensor is kept."""
     model, recipe = tiny("llama-gqa"), f"kv4:{SMALL}"
