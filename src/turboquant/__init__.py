@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from turboquant.evaluate import fidelity, needle
+    from turboquant.evaluate.fidelity import fidelity
+    from turboquant.evaluate.longcontext import needle
     from turboquant.integrations.transformers import TurboQuantCache, TurboQuantConfig
     from turboquant.kernels.ops import explain
     from turboquant.maths.tracker import ChannelTracker

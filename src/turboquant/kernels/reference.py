@@ -140,8 +140,8 @@ def _append_rows(
             before = ChannelStats.unstack(buf.tracker[rows, (first + i - 1) % STATES]) if first + i else None
             data, states = encode_pages(layout, kf, vf, power, usable, before)
             buf.pages[buf.table[rows][:, page].long()] = data.transpose(1, 2)
-            for j in range(max(0, len(page) - STATES), len(page)):
-                buf.tracker[rows, (first + i + j) % STATES] = states.stack()[:, :, j]
+            for last in range(max(0, len(page) - STATES), len(page)):
+                buf.tracker[rows, (first + i + last) % STATES] = states.stack()[:, :, last]
 
     keep = torch.arange(max(start, end - slots), end, device=k.device)
     buf.ring_k[rows.unsqueeze(1), :, keep % slots] = k[:, :, keep - start].transpose(1, 2)
