@@ -34,7 +34,7 @@ def test_paired_standard_error_and_perplexity_by_hand():
     mean = sum(d) / 4
     se = math.sqrt(sum((x - mean) ** 2 for x in d) / 3) / math.sqrt(4)
     assert got["dppl_percent"] == pytest.approx(100 * (math.exp(mean) - 1), rel=1e-5)
-    assert got["dppl_se"] == pytest.approx(100 * se, rel=1e-5)
+    assert got["dppl_se"] == pytest.approx(100 * se * math.exp(mean), rel=1e-5)
     assert got["ppl_base"] == pytest.approx(math.exp(2.5))
     assert got["ppl"] == pytest.approx(math.exp(2.6))
     assert (got["kl"], got["top1"], got["match"]) == pytest.approx((0.2, 50.0, 80.0))

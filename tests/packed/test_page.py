@@ -38,6 +38,8 @@ def test_fields_are_disjoint_aligned_and_add_up(layout):
         if f.bits:
             assert f.shape == (layout.kv.page, layout.head_dim)
             assert f.nbytes * 8 == layout.kv.page * layout.head_dim * f.bits
+    coded = {f.name: f.bits for f in fields if f.bits}
+    assert coded == {"key_codes": layout.kv.key_bits, "value_codes": layout.kv.value_bits}
     assert fields[0].offset == 0 and layout.page_bytes % ALIGN == 0
     padding += layout.page_bytes - at
     assert sum(f.nbytes for f in fields) + padding == layout.page_bytes

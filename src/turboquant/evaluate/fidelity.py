@@ -240,7 +240,7 @@ def _statistics(base: Tensor, nll: Tensor, scores: Tensor) -> dict[str, float]:
         "ppl_base": base.double().mean().exp().item(),
         "ppl": nll.double().mean().exp().item(),
         "dppl_percent": 100 * difference.mean().expm1().item(),
-        "dppl_se": 100 * standard_error(difference),
+        "dppl_se": 100 * difference.mean().exp().item() * standard_error(difference),
     }
     for key, x in zip(("kl", "top1", "match"), scores, strict=True):
         out |= {key: x.mean().item(), f"{key}_se": standard_error(x)}
