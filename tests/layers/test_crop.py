@@ -94,6 +94,29 @@ def test_deeper_is_close_and_has_the_right_length(recipe, back, run, tokens):
     assert (out[0] - out[1]).norm() <= 0.02 * out[1].norm()
 
 
+@pytest.mark.parametrize("recipe", ["kv4:page=32,ring=24,sinks=3,rewind=4", "kv8:page=32,ring=24,sinks=3,rewind=4"])
+def test_deep_crop_forgets_the_statistics_of_what_it_took(recipe, run, tokens):
+    """Keys ten times as loud and another reader after token 128; cropped to 120 the tracker knows neither."""
+    q, k, v = tokens(2, 1, 240, 32)
+    q = torch.randn_like(q)
+    q[:, :128, 3] *= 8
+    q[:, 128:, 9] *= 8
+    k[:, 128:] *= 10
+    cropped, never = run(LayerCache(kv(recipe)), [(q, k, v)]), run(LayerCache(kv(recipe)), [(q, k, v)])
+    cropped.step((240,))
+    with pytest.warns(UserWarning, match="taking back"):
+        cropped.cache.crop(120)
+    never.step((120,))
+    opened, samples = 120 // 32, range(96 // 8, 120 // 8)
+    got, want = (r.cache.buf.tracker[0, (opened - 1) % 2, 0] for r in (cropped, never))
+    off = (got[1] / want[1]).log().abs()
+    assert off.median() < 0.7 and off.max() < 3, "variances of the first half (a hundred times smaller)"
+    torch.testing.assert_close(got[0], want[0], rtol=0.2, atol=want[1].sqrt().max().item())
+    assert got[2].argmax() == want[2].argmax() == 3
+    readers = cropped.cache.buf.readers
+    assert {readers[0, 0, j % readers.shape[2]].argmax().item() for j in samples} == {3}
+
+
 def test_deep_crop_of_a_batch_touches_each_row_alone(run, tokens, state, same):
     recipe = kv("kv4:page=16,ring=24,sinks=3,rewind=4")
     sequences = [tokens(2, 1, 120, 32, seed=s) for s in range(2)]
