@@ -146,11 +146,11 @@ def test_any_chunking_and_padding(backend, case, oracle, run, tokens, close):
 def test_tiles_change_nothing(backend, monkeypatch, run, tokens):
     """Attention goes through pages and chunk in tiles; a tiny tile gives the same answer."""
     module = pytest.importorskip(f"turboquant.kernels.{backend}")
-    if not hasattr(module, "TILE_LOGITS"):
+    if not hasattr(module, "TILE"):
         pytest.skip("this backend has no such tiles")
     out = []
-    for size in (module.TILE_LOGITS, 1):
-        monkeypatch.setattr(module, "TILE_LOGITS", size)
+    for size in (module.TILE, 1):
+        monkeypatch.setattr(module, "TILE", size)
         r = run(LayerCache(parse_recipe(f"kv4:{SMALL}").kv), [tokens(4, 2, 90, 16, seed=s) for s in range(2)])
         with ops.use_backend(backend):
             for counts in ((60, 50), (1, 1), (20, 30)):

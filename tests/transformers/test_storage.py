@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from turboquant.integrations.transformers import TurboQuantCache
-from turboquant.integrations.transformers.storage import CacheFileError
+from turboquant.integrations.transformers.storage import CacheFileError, _digest
 from turboquant.layers.cache import LayerCache
 
 RECIPE = "kv4:page=16,ring=24,sinks=2,rewind=16"
@@ -93,6 +93,7 @@ def rewrite(path, change):
         header = json.loads(f.metadata()["turboquant"])
         tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
     change(tensors, header)
+    header["sha256"] = _digest(tensors)
     save_file(tensors, path, metadata={"turboquant": json.dumps(header)})
 
 
@@ -152,6 +153,22 @@ def test_file_that_contradicts_itself(saved, case, monkeypatch):
     change, says = CHANGES[case]
     rewrite(path, change)
     refused(path, model, says, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.99])
+def test_flipped_bits(saved, place, monkeypatch):
+    model, _, path = saved
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 16
+    path.write_bytes(data)
+    refused(path, model, "corrupt", monkeypatch=monkeypatch)
+
+
+def test_non_finite_tokens_stay_counted(saved):
+    model, cache, path = saved
+    cache.ours[0].cache.buf.nonfinite += 3
+    cache.save(path)
+    assert TurboQuantCache.load(path, model).nonfinite_tokens == cache.nonfinite_tokens > 0
 
 
 def test_an_unchanged_rewrite_loads(saved):

@@ -62,7 +62,7 @@ class Rows:
 
     Args:
         path: of the file, or None. Rows in it that were made with `settings` count as done; a recipe that is measured
-            again takes its old row's place.
+            again takes its old row's place. Rows of other settings stay in the file.
         settings: what every row carries and what must agree.
 
     Raises:
@@ -72,6 +72,7 @@ class Rows:
     def __init__(self, path: str | Path | None, settings: dict[str, Any]) -> None:
         self.path, self.settings = Path(path) if path else None, settings
         self.rows: dict[str, dict[str, Any]] = {}
+        self.others: list[dict[str, Any]] = []
         if self.path is None:
             return
         check_output(self.path)
@@ -79,6 +80,7 @@ class Rows:
             try:
                 old = json.loads(self.path.read_text(encoding="utf-8"))
                 self.rows = {row["recipe"]: row for row in old if settings.items() <= row.items()}
+                self.others = [row for row in old if not settings.items() <= row.items()]
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
                 raise EvaluateError(f"{self.path} exists and is no list of rows: move it away first") from e
 
@@ -93,4 +95,4 @@ class Rows:
         values = {k: v for k, v in values.items() if k != "shapes"}
         self.rows[recipe] = {"recipe": recipe} | self.settings | values
         if self.path is not None:
-            write(self.path, dumps(list(self.rows.values())))
+            write(self.path, dumps([*self.others, *self.rows.values()]))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from turboquant.maths.codec import (
+    FP16_MAX,
     LiveCodes,
     PlainCodes,
     decode_keys,
@@ -26,7 +27,7 @@ from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
 from turboquant.packed.page import PageLayout, pack_page, unpack_keys, unpack_values
 
 PAGES_AT_ONCE = 256  # pages of a sequence encoded together: bounds the workspace of append
-TILE_LOGITS = 1 << 24  # logits of one tile: bounds the workspace of attention to a few times 64 MiB
+TILE = 1 << 24  # logits, or decoded numbers, of one tile: bounds the workspace of attention to a few times 64 MiB
 
 
 def decode_page_keys(layout: PageLayout, pages: Tensor) -> Tensor:
@@ -43,8 +44,13 @@ def decode_page_values(layout: PageLayout, pages: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """fp32 with NaN as 0 and infinities as the largest fp16, which is what saturated codes stand for."""
-    return torch.nan_to_num(x.float(), nan=0.0, posinf=65504.0, neginf=-65504.0)
+    """fp32 with NaN as 0, clamped to what fp16 can hold, which is what saturated codes stand for."""
+    return torch.nan_to_num(x.float(), nan=0.0).clamp(-FP16_MAX, FP16_MAX)
+
+
+def _usable(k: Tensor, v: Tensor) -> Tensor:
+    """(..., P, d) -> (..., P): tokens whose numbers the codec can express; the others count in no statistic."""
+    return ((k.abs() <= FP16_MAX) & (v.abs() <= FP16_MAX)).all(-1)  # false for NaN
 
 
 def encode_pages(
@@ -135,11 +141,12 @@ def _append_rows(
             some = slice(i, i + PAGES_AT_ONCE)
             page = torch.arange(first, end // size, device=k.device)[some]
             kf, vf = page_k[:, :, some].float(), page_v[:, :, some].float()
-            usable = (kf.isfinite().all(-1) & vf.isfinite().all(-1)) & (position[some] >= sinks)
+            usable = _usable(kf, vf) & (position[some] >= sinks)
             power = reader[:, :, some].float().square().mean(3)
             before = ChannelStats.unstack(buf.tracker[rows, (first + i - 1) % STATES]) if first + i else None
             data, states = encode_pages(layout, kf, vf, power, usable, before)
-            buf.pages[buf.table[rows][:, page].long()] = data.transpose(1, 2)
+            ids = buf.table[rows][:, page].long()
+            buf.pages[ids[ids >= 0]] = data.transpose(1, 2)[ids >= 0]  # -1: out of the window already, not kept
             for last in range(max(0, len(page) - STATES), len(page)):
                 buf.tracker[rows, (first + i + last) % STATES] = states.stack()[:, :, last]
 
@@ -180,9 +187,13 @@ class _Softmax:
         p = torch.exp(logits - base.unsqueeze(-1))
         old = torch.exp(self.top - base)
         self.sum = self.sum * old + p.sum(-1)
-        # a token nobody reads may hold anything, NaN included: it must not reach the product
-        v = torch.where(see.any(-2).any(1).any(1).unsqueeze(1).unsqueeze(-1), v, 0.0)
-        self.out = self.out * old.unsqueeze(-1) + torch.einsum("bhgnm,bhmd->bhgnd", p, v)
+        # 0·NaN is NaN: a value that is not finite may reach those who read it and nobody else
+        finite = v.isfinite().all(-1)
+        out = torch.einsum("bhgnm,bhmd->bhgnd", p, torch.where(finite.unsqueeze(-1), v, 0.0))
+        for m in (~finite).flatten(0, 1).any(0).nonzero().flatten().tolist():
+            reads = (see[..., m] & ~finite[:, :, None, None, m]).unsqueeze(-1)
+            out = torch.where(reads, out + p[..., m, None] * v[:, :, None, None, m], out)
+        self.out = self.out * old.unsqueeze(-1) + out
         self.top = top
 
     def result(self) -> Tensor:
@@ -221,9 +232,11 @@ def cache_attention(
     kv = layout.kv
     b, hq, n, d = q.shape
     h, size, device = k.shape[1], kv.page, q.device
-    longest = int(buf.length.max()) if b else 0
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    longest = int(buf.length.max())
     unmasked = valid is None and mask is None and (window is None or n <= window)
-    if longest == 0 and n > 1 and unmasked and softcap is None and sink_logits is None:
+    if longest == 0 and n > 1 and unmasked and softcap is None and sink_logits is None and v.isfinite().all():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     soft = _Softmax(q.float().unflatten(1, (h, hq // h)), scaling or d**-0.5, softcap, sink_logits)
     real = torch.ones(b, n, dtype=torch.bool, device=device) if valid is None else valid
@@ -243,8 +256,8 @@ def cache_attention(
     oldest = 0 if window is None else max(0, int(buf.length.min()) - window + 1)
     newest = (longest + n - 1 - kv.ring) // size + 1 if longest else 0
     last = min(longest // size, newest, buf.table.shape[1])
-    tile = max(1, TILE_LOGITS // (b * hq * n * size))
-    for first in range(oldest // size, last, tile):
+    tile = max(1, TILE // (b * size * max(hq * n, 2 * h * d)))  # pages at a time
+    for first in range(oldest // size, last if len(buf.pages) else 0, tile):
         ids = buf.table[:, first : min(first + tile, last)].long()
         pages = buf.pages[ids.clamp_min(0)].transpose(1, 2)  # (b, H, pages, bytes)
         j = torch.arange(first * size, (first + ids.shape[1]) * size, device=device).view(1, 1, -1)
@@ -259,7 +272,7 @@ def cache_attention(
         soft.add(buf.ring_k.float(), buf.ring_v.float(), (j >= sinks) & (j < start) & exact & in_window(j))
 
     k, v = k.to(buf.ring_k.dtype).float(), v.to(buf.ring_v.dtype).float()
-    step = max(1, TILE_LOGITS // (b * hq * n))
+    step = max(1, TILE // (b * hq * n))
     column = t.transpose(1, 2)  # (b, 1, n)
     for i in range(0, n, step):
         j = column[:, :, i : i + step]

@@ -30,6 +30,9 @@ class LayerCache:
     Attributes:
         lengths: real tokens of each sequence (padding does not count).
         columns: columns seen, padding included: what transformers calls the sequence length.
+
+    `_reach` is the furthest position whose ring slot has been written: the ring holds the positions from
+    `_reach - slots` on, however often `crop` has gone back since.
     """
 
     def __init__(self, kv: KVRecipe, window: int | None = None) -> None:
@@ -44,13 +47,17 @@ class LayerCache:
         self.columns = 0
         self._pages: list[list[int]] = []  # host copy of the table: page ids of each sequence, -1 once released
         self._free: list[int] = []
+        self._reach: list[int] = []
+        self._released: list[int] = []  # pages of each sequence that have fallen out of the window
+        self._padding: list[list[list[int]]] = []  # [first, last + 1) column runs of padding of each sequence
 
     def _start(self, k: Tensor) -> None:
         b, h, _, d = k.shape
         self.layout = PageLayout(self.kv, d)
         specs = CacheBuffers.specs(self.layout, b, h, k.dtype)
         self.buf = CacheBuffers(**{n: torch.zeros(s, dtype=t, device=k.device) for n, (s, t) in specs.items()})
-        self.lengths, self._pages = [0] * b, [[] for _ in range(b)]
+        self.lengths, self._reach, self._released = [0] * b, [0] * b, [0] * b
+        self._pages, self._padding = [[] for _ in range(b)], [[] for _ in range(b)]
 
     def step(
         self,
@@ -84,6 +91,8 @@ class LayerCache:
             self._start(k)
         assert self.buf is not None and self.layout is not None
         n = k.shape[2]
+        if n == 0:
+            return torch.empty_like(q)
         size = self.kv.chunk if row_exact or n <= self.kv.rewind + 1 else n
         out = []
         for i in range(0, n, size):
@@ -97,6 +106,9 @@ class LayerCache:
             self._reserve(counts)
             ops.cache_append(self.buf, self.layout, qi, ki, vi, some)
             self.lengths = [a + c for a, c in zip(self.lengths, counts, strict=True)]
+            self._reach = [max(r, a) for r, a in zip(self._reach, self.lengths, strict=True)]
+            if some is not None:
+                self._note_padding(some)
             self.columns += ki.shape[2]
             self._release()
         return out[0] if len(out) == 1 else torch.cat(out, 2)
@@ -116,21 +128,39 @@ class LayerCache:
             if have.dtype != got.dtype:
                 raise CacheError(f"the cache holds {have.dtype}, got {got.dtype}")
 
+    def _note_padding(self, valid: Tensor) -> None:
+        for runs, row in zip(self._padding, valid.tolist(), strict=True):
+            for column in (self.columns + i for i, real in enumerate(row) if not real):
+                if runs and runs[-1][1] == column:
+                    runs[-1][1] += 1
+                else:
+                    runs.append([column, column + 1])
+
+    def _out_of_window(self, tokens: int) -> int:
+        """Pages of a sequence of `tokens` that no query can reach any more, whatever `crop` takes back."""
+        return 0 if self.window is None else max(0, tokens - self.window - self.kv.rewind) // self.kv.page
+
     def _reserve(self, counts: list[int]) -> None:
-        """Give every page that the next `counts` tokens complete a place in the pool and the table."""
+        """Give every page that the next `counts` tokens complete a place in the pool and the table.
+
+        Pages that will be out of the window by then get -1 and are not stored.
+        """
         assert self.buf is not None
         buf, size = self.buf, self.kv.page
-        missing = [(n + c) // size - len(p) for n, c, p in zip(self.lengths, counts, self._pages, strict=True)]
-        need = sum(missing)
-        if need == 0:
+        wanted = []
+        for n, c, pages in zip(self.lengths, counts, self._pages, strict=True):
+            dead = self._out_of_window(n + c)
+            wanted.append([i >= dead for i in range(len(pages), (n + c) // size)])
+        if not any(wanted):
             return
+        need = sum(map(sum, wanted))
         if need > len(self._free):
             have = buf.pages.shape[0]
             grow = max(need - len(self._free), have // 8)
             buf.pages = torch.cat([buf.pages, buf.pages.new_empty(grow, *buf.pages.shape[1:])])
             self._free.extend(range(have, have + grow))
-        for pages, m in zip(self._pages, missing, strict=True):
-            pages.extend(self._free.pop() for _ in range(m))
+        for pages, want in zip(self._pages, wanted, strict=True):
+            pages.extend(self._free.pop() if w else -1 for w in want)
         self._write_table()
 
     def _write_table(self) -> None:
@@ -140,16 +170,13 @@ class LayerCache:
         self.buf.table = torch.tensor(rows, dtype=torch.int32, device=self.buf.table.device).view(len(rows), width)
 
     def _release(self) -> None:
-        """Free pages that no query can reach any more: those behind the sliding window (and what crop takes back)."""
-        if self.window is None:
-            return
+        """Free the pages behind the sliding window."""
         gone = False
-        for n, pages in zip(self.lengths, self._pages, strict=True):
-            dead = max(0, n - self.window - self.kv.rewind) // self.kv.page
-            for i in range(min(dead, len(pages)) - 1, -1, -1):
-                if pages[i] < 0:
-                    break
-                pages[i], gone = -1, True
+        for row, pages in enumerate(self._pages):
+            dead = min(self._out_of_window(self.lengths[row]), len(pages))
+            for i in range(self._released[row], dead):
+                gone, pages[i] = gone or pages[i] >= 0, -1
+            self._released[row] = max(self._released[row], dead)
         if gone:
             self._collect()
 
@@ -168,39 +195,56 @@ class LayerCache:
         for name in ("ring_k", "ring_v", "sink_k", "sink_v", "readers", "tracker", "length", "nonfinite"):
             setattr(self.buf, name, getattr(self.buf, name).index_select(0, index))
         self.lengths = [self.lengths[r] for r in rows]
+        self._reach, self._released = [self._reach[r] for r in rows], [self._released[r] for r in rows]
         self._pages = [list(self._pages[r]) for r in rows]
+        self._padding = [[list(run) for run in self._padding[r]] for r in rows]
         self._collect()
 
-    def crop(self, tokens: int) -> None:
-        """Take back the last `tokens` columns of every sequence.
-
-        Up to the recipe's `rewind` the cache is afterwards what it was before they came. Beyond, tokens that have
-        left the ring come back as their codes decode (one warning says so).
+    def check_crop(self, columns: int) -> list[int]:
+        """The real tokens of each sequence among its last `columns`.
 
         Raises:
-            CacheError: more than there is, or beyond what a sliding-window layer still holds.
+            CacheError: as `crop`, which this refuses beforehand.
         """
-        if tokens == 0 or self.buf is None:
-            return
-        if tokens < 0 or tokens > min(self.lengths, default=0):
-            raise CacheError(f"cannot take back {tokens} tokens: the sequences hold {self.lengths}")
-        if tokens > self.kv.rewind:
-            if any(-1 in pages for pages in self._pages):
+        if not 0 <= columns <= self.columns:
+            raise CacheError(f"cannot take back {columns} columns: the cache holds {self.columns}")
+        start = self.columns - columns
+        tokens = [columns - sum(max(0, b - max(a, start)) for a, b in runs) for runs in self._padding]
+        for reach, n, t, pages in zip(self._reach, self.lengths, tokens, self._pages, strict=True):
+            if reach - n + t > self.kv.rewind and -1 in pages:
                 raise CacheError(
-                    f"cannot take back {tokens} tokens from a sliding-window layer that has released pages: at most "
+                    f"cannot take back {columns} tokens from a sliding-window layer that has released pages: at most "
                     f"rewind={self.kv.rewind} (a recipe option)"
                 )
+        return tokens
+
+    def crop(self, columns: int) -> None:
+        """Take back the last `columns` columns of every sequence, and the tokens that stood in them.
+
+        Up to the recipe's `rewind` tokens behind the furthest one ever held, the cache is afterwards what it was before
+        they came. Beyond, tokens that have left the ring come back as their codes decode (one warning says so).
+
+        Raises:
+            CacheError: more than there is, or beyond what a sliding-window layer still holds. Nothing is changed then.
+        """
+        if columns == 0 or self.buf is None:
+            return
+        tokens = self.check_crop(columns)
+        new = [n - t for n, t in zip(self.lengths, tokens, strict=True)]
+        if any(r - n > self.kv.rewind and t for r, n, t in zip(self._reach, new, tokens, strict=True)):
             warnings.warn(
-                f"taking back {tokens} tokens, more than rewind={self.kv.rewind}: tokens that have left the 16-bit "
-                "ring return as decoded from their pages",
+                f"taking back {columns} tokens, more than rewind={self.kv.rewind} behind the furthest one: tokens that "
+                "have left the 16-bit ring return as decoded from their pages",
                 stacklevel=2,
             )
             assert self.layout is not None
-            rewind(self.buf, self.layout, self.lengths, tokens)
-        self.lengths = [n - tokens for n in self.lengths]
-        self.buf.length -= tokens
-        self.columns -= tokens
-        self._pages = [p[: n // self.kv.page] for p, n in zip(self._pages, self.lengths, strict=True)]
+            self._reach = rewind(self.buf, self.layout, self._reach, new, self._pages)
+        self.lengths = new
+        self.buf.length.copy_(torch.tensor(new))
+        self.columns -= columns
+        self._pages = [p[: n // self.kv.page] for p, n in zip(self._pages, new, strict=True)]
+        self._padding = [[[a, min(b, self.columns)] for a, b in runs if a < self.columns] for runs in self._padding]
+        self._released = [min(r, len(p)) for r, p in zip(self._released, self._pages, strict=True)]
         self._collect()
 
     def nbytes(self) -> dict[str, int]:
@@ -216,7 +260,8 @@ class LayerCache:
         tensors = {n: getattr(self.buf, n).contiguous() for n in CacheBuffers.__dataclass_fields__ if n != "table"}
         tensors["pages"] = self.buf.pages[used]
         table = [[place.get(i, -1) for i in pages] for pages in self._pages]
-        return tensors, {"columns": self.columns, "lengths": self.lengths, "table": table}
+        values = {"columns": self.columns, "lengths": self.lengths, "table": table}
+        return tensors, values | {"reach": self._reach, "padding": self._padding}
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, object]) -> None:
         """Inverse of `state`; the caller has checked names, shapes and dtypes."""
@@ -226,6 +271,8 @@ class LayerCache:
         self.columns = int(values["columns"])  # type: ignore[call-overload]
         self.lengths = list(values["lengths"])  # type: ignore[call-overload]
         self._pages = [list(p) for p in values["table"]]  # type: ignore[attr-defined]
+        self._reach, self._padding = list(values["reach"]), list(values["padding"])  # type: ignore[call-overload]
+        self._released = [next((i for i, p in enumerate(pages) if p >= 0), len(pages)) for pages in self._pages]
         empty = torch.empty(0, 0, dtype=torch.int32, device=tensors["length"].device)
         self.buf = CacheBuffers(table=empty, **tensors)
         self.layout = PageLayout(self.kv, self.buf.ring_k.shape[-1])

@@ -15,15 +15,32 @@ from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
 from turboquant.packed.page import PageLayout
 
 
-def rewind(buf: CacheBuffers, layout: PageLayout, lengths: list[int], tokens: int) -> None:
-    """Make ring, tracker and readers of every sequence fit its length after `tokens` are taken back."""
-    for row, old in enumerate(lengths):
-        _refill_ring(buf, layout, row, old, old - tokens)
+def rewind(
+    buf: CacheBuffers, layout: PageLayout, reach: list[int], new: list[int], pages: list[list[int]]
+) -> list[int]:
+    """Make ring, tracker and readers of every sequence fit its new length.
+
+    Args:
+        reach: the furthest position ever written plus one, of each sequence.
+        new: lengths after the crop.
+        pages: ids of each sequence's pages before the crop.
+
+    Returns:
+        the new reach: the ring then holds the positions from reach - slots on.
+    """
+    out = []
+    for row, (old, length) in enumerate(zip(reach, new, strict=True)):
+        if old - length <= layout.kv.rewind:
+            out.append(old)
+            continue
+        out.append(_refill_ring(buf, layout, row, old, length))
         if layout.kv.codec == "live":
-            _recall_statistics(buf, layout, row, old, old - tokens)
+            _recall_statistics(buf, layout, row, old, length, len(pages[row]))
+    return out
 
 
-def _refill_ring(buf: CacheBuffers, layout: PageLayout, row: int, old: int, new: int) -> None:
+def _refill_ring(buf: CacheBuffers, layout: PageLayout, row: int, old: int, new: int) -> int:
+    """Returns the reach of a ring that holds just what is needed at the new length."""
     slots, size = buf.ring_k.shape[2], layout.kv.page
     lowest = min(max(0, new - layout.kv.ring), new // size * size)  # first token that must stand in the ring
     lost_end = min(new, max(0, old - slots))
@@ -34,11 +51,12 @@ def _refill_ring(buf: CacheBuffers, layout: PageLayout, row: int, old: int, new:
         where = at[lost] % slots
         buf.ring_k[row, :, where] = decode_page_keys(layout, data)[:, lost].to(buf.ring_k.dtype)
         buf.ring_v[row, :, where] = decode_page_values(layout, data)[:, lost].to(buf.ring_v.dtype)
+    return old if lost_end <= lowest else lowest + slots
 
 
-def _recall_statistics(buf: CacheBuffers, layout: PageLayout, row: int, old: int, new: int) -> None:
+def _recall_statistics(buf: CacheBuffers, layout: PageLayout, row: int, old: int, new: int, pages: int) -> None:
     size, opened = layout.kv.page, new // layout.kv.page
-    if old // size == opened:
+    if opened >= pages:  # the open page was never complete: its samples are still there
         return
     if opened and old // size - opened >= STATES:
         buf.tracker[row, (opened - 1) % STATES] = _page_statistics(buf, layout, row, opened - 1)

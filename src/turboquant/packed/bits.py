@@ -3,8 +3,8 @@
 Little-endian within a row: code i of a row occupies bits i·b ... i·b+b-1 of the row, bit 0 being the lowest bit of the
 row's first byte. So at 4 bit, codes 0 and 1 share byte 0, code 0 in its low nibble.
 
->>> pack(torch.tensor([1, 2, 3, 15], dtype=torch.uint8), 4).tolist()
-[33, 243]
+>>> pack(torch.tensor([1, 2, 3, 15, 0, 0, 0, 8], dtype=torch.uint8), 4).tolist()
+[33, 243, 0, 128]
 >>> unpack(pack(torch.tensor([7, 0, 5, 1, 2, 3, 4, 6], dtype=torch.uint8), 3), 3).tolist()
 [7, 0, 5, 1, 2, 3, 4, 6]
 """

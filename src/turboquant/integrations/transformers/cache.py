@@ -74,9 +74,17 @@ class TurboQuantLayer(CacheLayerMixin):
         self.cache.take_rows(torch.arange(len(self.cache.lengths)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """-n takes back n tokens; a positive number is the length to keep (transformers before 5.18)."""
-        n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.cache.columns - tokens_to_remove)
-        self.cache.crop(n)
+        """See TurboQuantCache.crop."""
+        self.cache.crop(self._columns(tokens_to_remove))
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what `crop` would raise."""
+        if self.cache.buf is not None:
+            self.cache.check_crop(self._columns(tokens_to_remove))
+
+    def _columns(self, tokens_to_remove: int) -> int:
+        n = tokens_to_remove
+        return -n if n <= 0 else max(0, self.cache.columns - n)
 
     def offload(self) -> None:
         raise CacheError("the TurboQuant cache cannot be offloaded")
@@ -143,6 +151,16 @@ class TurboQuantCache(Cache):
         """Token and layer pairs that arrived with a NaN or an infinity in their key or value."""
         return sum(int(c.buf.nonfinite.sum()) for c in (layer.cache for layer in self.ours) if c.buf is not None)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """-n takes back n columns; a positive number is the length to keep (transformers before 5.18).
+
+        Raises:
+            CacheError: a layer cannot take them back; no layer is changed then.
+        """
+        for layer in self.ours:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def nbytes(self) -> dict[str, int]:
         """Allocated bytes: {"pages", "ring", "state", "total"}."""
         parts = [layer.cache.nbytes() for layer in self.ours]
@@ -151,13 +169,13 @@ class TurboQuantCache(Cache):
 
     def bits(self) -> tuple[float, float]:
         """True bits per key and per value number of the packed pages, averaged over the layers' numbers."""
-        used = [layer.cache.layout for layer in self.ours if layer.cache.layout is not None]
+        used: list[Any] = [layer.cache for layer in self.ours if layer.cache.buf is not None]
         if not used:
             raise CacheError("the cache is empty: its bits are known once it has seen a token")
-        weight = sum(x.head_dim for x in used)
+        numbers = [c.layout.head_dim * c.buf.ring_k.shape[1] for c in used]
         return (
-            sum(x.key_bits * x.head_dim for x in used) / weight,
-            sum(x.value_bits * x.head_dim for x in used) / weight,
+            sum(c.layout.key_bits * n for c, n in zip(used, numbers, strict=True)) / sum(numbers),
+            sum(c.layout.value_bits * n for c, n in zip(used, numbers, strict=True)) / sum(numbers),
         )
 
     def save(self, path: str | Path) -> None:

@@ -1,5 +1,6 @@
 """`quantization_config=TurboQuantConfig("kv4")` for `from_pretrained`, and `attach` for a model already loaded."""
 
+import inspect
 import warnings
 from typing import Any
 
@@ -27,20 +28,33 @@ def attach(model: Any, recipe: str | Recipe = "kv4") -> RemovableHandle:
     recipe = parse_recipe(recipe)
     TurboQuantCache(model, recipe)  # refuses now, not at the first call, what it cannot serve
 
+    config = model.config.get_text_config(decoder=True)
+    position = list(inspect.signature(model.forward).parameters).index("past_key_values")
+
     def swap(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        given = kwargs.get("past_key_values")
+        positional = len(args) > position
+        given = args[position] if positional else kwargs.get("past_key_values")
         use = kwargs.get("use_cache")
-        if given is None and (module.config.use_cache if use is None else use) and not module.training:
-            kwargs["past_key_values"] = TurboQuantCache(module, recipe)
-        elif isinstance(given, DynamicCache):
-            if given.get_seq_length() == 0 and not getattr(given, "_is_user_defined", False):
-                kwargs["past_key_values"] = TurboQuantCache(module, recipe)
-            else:
-                warnings.warn(
-                    f"the model was set up for {recipe.name!r} but was given a DynamicCache of its own: "
-                    "that cache is used, unquantized",
-                    stacklevel=2,
-                )
+        cache = given
+        if given is None:
+            if (getattr(config, "use_cache", True) if use is None else use) and not module.training:
+                cache = TurboQuantCache(module, recipe)
+        elif (
+            type(given) is DynamicCache
+            and given.get_seq_length() == 0
+            and not getattr(given, "_is_user_defined", False)
+        ):
+            cache = TurboQuantCache(module, recipe)
+        elif not isinstance(given, TurboQuantCache):
+            warnings.warn(
+                f"the model was set up for {recipe.name!r} but was given a {type(given).__name__} of its own: that cache "
+                "is used, unquantized",
+                stacklevel=2,
+            )
+        if positional:
+            args = (*args[:position], cache, *args[position + 1 :])
+        elif cache is not given:
+            kwargs["past_key_values"] = cache
         return args, kwargs
 
     return model.register_forward_pre_hook(swap, with_kwargs=True)

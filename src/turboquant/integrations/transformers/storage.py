@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
+from turboquant.recipe import RecipeError
 
 FORMAT = 1
 NAMES = [n for n in CacheBuffers.__dataclass_fields__ if n != "table"]
@@ -26,14 +27,24 @@ def fingerprint(model: Any, layer_types: list[str]) -> dict[str, Any]:
     """What identifies a model: its shape, and a hash over 64 rows of its input embedding."""
     config = model.config.get_text_config(decoder=True)
     weight = model.get_input_embeddings().weight
-    rows = weight[torch.linspace(0, weight.shape[0] - 1, 64, device=weight.device).long()]
+    rows = weight[torch.arange(64, device=weight.device) * (weight.shape[0] - 1) // 63]
     digest = hashlib.sha256(rows.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-    return {"model_type": config.model_type, "layer_types": list(layer_types), "embedding": digest}
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return {"model_type": config.model_type, "layer_types": list(layer_types), "embedding": digest, "dtype": dtype}
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """sha256 over names and bytes of all tensors."""
+    out = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        out.update(name.encode())
+        out.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return out.hexdigest()
 
 
 def save(cache: Any, path: Path) -> None:
     """See TurboQuantCache.save."""
-    if len(cache.ours) != len([x for x in cache.layers if x.get_seq_length() >= 0]):
+    if len(cache.ours) != len(cache.layers):
         raise CacheFileError(f"{path}: this model has layers that are not TurboQuant's; saving them is not supported")
     tensors, values = {}, []
     for i, layer in enumerate(cache.ours):
@@ -41,6 +52,7 @@ def save(cache: Any, path: Path) -> None:
         tensors.update({f"{i}.{name}": t for name, t in some.items()})
         values.append(rest)
     header = {"format": FORMAT, "recipe": cache.recipe.name, "model": cache.fingerprint, "layers": values}
+    header["sha256"] = _digest(tensors)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
@@ -66,16 +78,24 @@ def load(cls: type, path: Path, model: Any) -> Any:
         raise CacheFileError(f"{path}: not a cache saved by TurboQuant")
     if header["format"] != FORMAT:
         raise CacheFileError(f"{path}: format {header['format']}, this version reads format {FORMAT}")
-    cache = cls(model, header["recipe"])
-    if header["model"] != cache.fingerprint:
-        raise CacheFileError(
-            f"{path}: saved with another model ({header['model'].get('model_type')}); its layers or weights differ "
-            f"from this {cache.fingerprint['model_type']}"
-        )
-    parts = [_part(path, cache.ours[i].cache.kv, i, tensors, v) for i, v in enumerate(header["layers"])]
+    if header.get("sha256") != _digest(tensors):
+        raise CacheFileError(f"{path}: corrupt: its contents do not have the checksum that was saved with them")
+    try:
+        cache = cls(model, header["recipe"])
+        saved, layers = header["model"], header["layers"]
+        if saved != cache.fingerprint:
+            raise CacheFileError(
+                f"{path}: saved with another model ({saved['model_type']}); its layers, weights or dtype differ from "
+                f"this {cache.fingerprint['model_type']}"
+            )
+        if len(layers) != len(cache.ours):
+            raise CacheFileError(f"{path}: holds {len(layers)} layers, the model has {len(cache.ours)}")
+        parts = [_part(path, layer.cache.kv, i, tensors, layers[i]) for i, layer in enumerate(cache.ours)]
+    except (KeyError, IndexError, TypeError, AttributeError, RecipeError) as e:
+        raise CacheFileError(f"{path}: its header is damaged ({type(e).__name__}: {e})") from e
     if tensors:
         raise CacheFileError(f"{path}: unknown tensor {next(iter(tensors))!r}")
-    for layer, part, value in zip(cache.ours, parts, header["layers"], strict=True):
+    for layer, part, value in zip(cache.ours, parts, layers, strict=True):
         layer.cache.load(part, value)
     return cache
 
@@ -101,6 +121,10 @@ def _part(path: Path, kv: Any, i: int, tensors: dict[str, Any], values: dict[str
                 f"{path}: tensor '{i}.{name}' is {tuple(part[name].shape)} {part[name].dtype}, expected {shape} {kind}"
             )
     full = [n // kv.page for n in values["lengths"]]
-    if part["length"].tolist() != values["lengths"] or [len(p) for p in values["table"]] != full:
+    sound = (
+        len(values["reach"]) == len(values["padding"]) == b
+        and min((i for p in values["table"] for i in p), default=0) >= -1
+    )
+    if part["length"].tolist() != values["lengths"] or [len(p) for p in values["table"]] != full or not sound:
         raise CacheFileError(f"{path}: lengths and page table of layer {i} contradict each other")
     return part
