@@ -47,8 +47,8 @@ def attach(model: Any, recipe: str | Recipe = "kv4") -> RemovableHandle:
             cache = TurboQuantCache(module, recipe)
         elif not isinstance(given, TurboQuantCache):
             warnings.warn(
-                f"the model was set up for {recipe.name!r} but was given a {type(given).__name__} of its own: that cache "
-                "is used, unquantized",
+                f"the model was set up for {recipe.name!r} but was given a {type(given).__name__} of its own: that "
+                "cache is used, unquantized",
                 stacklevel=2,
             )
         if positional:
