@@ -200,6 +200,7 @@ def evaluate(
     stride: Annotated[int, typer.Option(min=1, help="KL, top-1 and match at every so manyth position.")] = 1,
     batch: Annotated[int | None, typer.Option(min=1, help="Windows at a time.")] = None,
     needle: Annotated[Path | None, typer.Option(metavar="OUT", help="Needle retrieval too; JSON rows go here.")] = None,
+    needles: Annotated[int, typer.Option(min=1, help="Needle prompts at each depth.")] = 4,
     json: Json = None,
     html: Html = None,
     quiet: Quiet = False,
@@ -226,7 +227,7 @@ def evaluate(
             net, tokenizer, recipe, texts, ctx, tokens, batch=batch, stride=stride, name=model, json=file, progress=show
         )
         if needle:
-            found = longcontext.needle(net, tokenizer, recipe, ctx, seed=seed, texts=texts, progress=show)
+            found = longcontext.needle(net, tokenizer, recipe, ctx, n=needles, seed=seed, texts=texts, progress=show)
             _put_json(str(needle), found)
     console = _console(json)
     console.print(report.table("Fidelity", rows, report.FIDELITY))

@@ -8,6 +8,7 @@ import torch
 
 from turboquant.evaluate import EvaluateError, fidelity
 from turboquant.evaluate.fidelity import _forward, _statistics, standard_error
+from turboquant.evaluate.heads import Head
 from turboquant.integrations.transformers import TurboQuantCache
 from turboquant.recipe import RecipeError
 
@@ -152,3 +153,25 @@ def test_bad_arguments_are_named_before_any_work(
     with pytest.raises(error) as e:
         fidelity(tiny_llama, tiny_tokenizer, **given)
     assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_kl_is_from_the_unquantized_model():
+    """KL(base || changed), not the other way round: 0.5·ln(0.5/0.9) + 0.5·ln(0.5/0.1)."""
+    head = Head(None, torch.nn.Linear(2, 2, bias=False), None, 1.0)
+    head.linear.weight.data = torch.eye(2)
+    base, changed = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    kl, _, match = head.compare(base, changed)[:, 0].tolist()
+    assert kl == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-5)
+    assert match == pytest.approx(0.6, rel=1e-5)
+
+
+def test_a_baseline_with_a_ring_pays_for_it(rows):
+    with_ring, without = rows["plain4+ring"], rows["plain4"]
+    assert with_ring["cache_bytes"] - without["cache_bytes"] == with_ring["ring_bytes"] > 0
+
+
+def test_rows_of_other_settings_stay_in_the_file(tiny_llama, tiny_tokenizer, prose, tmp_path):
+    path = tmp_path / "rows.json"
+    for ctx in (128, 256):
+        fidelity(tiny_llama, tiny_tokenizer, ["kv8"], prose, ctx, 256, name="tiny", json=path)
+    assert [row["ctx"] for row in json.loads(path.read_text())] == [128, 256]

@@ -187,3 +187,56 @@ def test_use_backend_ends_with_its_context():
     with ops.use_backend("reference"):
         assert ops.choose("cache_append", None, torch.device("cpu"))[1] == "asked for"
     assert ops.choose("cache_append", None, torch.device("cpu"))[1] != "asked for"
+
+
+@pytest.mark.parametrize("scaling", [0.3, 1.0])
+def test_a_first_chunk_obeys_its_scaling(scaling, tokens):
+    q, k, v = (t[None] for t in tokens(4, 2, 40, 16))
+    out = LayerCache(parse_recipe("kv4").kv).step(q, k, v, scaling=scaling)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True, scale=scaling, enable_gqa=True
+    )
+    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_pages_encoded_a_few_at_a_time_are_the_same(monkeypatch, tokens):
+    from turboquant.kernels import reference
+
+    q, k, v = (t[None] for t in tokens(4, 2, 150, 16))
+    pages = []
+    for at_once in (256, 2, 1):
+        monkeypatch.setattr(reference, "PAGES_AT_ONCE", at_once)
+        cache = LayerCache(parse_recipe("kv4:page=16,ring=24,rewind=16").kv)
+        cache.step(q, k, v)
+        pages.append(cache.state()[0])
+    assert pages[0]["pages"].shape[0] == 9
+    for other in pages[1:]:
+        assert torch.equal(pages[0]["pages"], other["pages"]) and torch.equal(pages[0]["tracker"], other["tracker"])
+
+
+def test_a_decode_step_decodes_a_bounded_tile(monkeypatch, tokens):
+    """Never the whole cache at once."""
+    from turboquant.kernels import reference
+
+    q, k, v = (t[None] for t in tokens(4, 2, 200, 16))
+    cache = LayerCache(parse_recipe("kv4:page=16,ring=16,rewind=16").kv)
+    cache.step(q[:, :, :199], k[:, :, :199], v[:, :, :199])
+    sizes, decode = [], reference.decode_page_keys
+    monkeypatch.setattr(reference, "TILE", 4096)
+    monkeypatch.setattr(reference, "decode_page_keys", lambda *a: (sizes.append(decode(*a).numel()), decode(*a))[1])
+    with ops.use_backend("reference"):
+        cache.step(q[:, :, 199:], k[:, :, 199:], v[:, :, 199:])
+    assert len(sizes) > 1 and max(sizes) <= 4096
+
+
+def test_a_prompt_longer_than_the_window_stores_the_window_only(tokens):
+    q, k, v = (t[None] for t in tokens(4, 2, 400, 16))
+    whole, parts = (LayerCache(parse_recipe("kv4:page=16,ring=16,rewind=16").kv, 64) for _ in range(2))
+    whole.step(q, k, v)
+    for i in range(0, 400, 50):
+        parts.step(q[:, :, i : i + 50], k[:, :, i : i + 50], v[:, :, i : i + 50])
+    assert whole.buf.pages.shape[0] <= parts.buf.pages.shape[0] <= 400 // 16 // 2
+    live = [i for i, page in enumerate(whole._pages[0]) if page >= 0]
+    assert live == [i for i, page in enumerate(parts._pages[0]) if page >= 0]
+    for i in live:
+        assert torch.equal(whole.buf.pages[whole._pages[0][i]], parts.buf.pages[parts._pages[0][i]])
