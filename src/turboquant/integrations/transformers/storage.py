@@ -46,6 +46,8 @@ def save(cache: Any, path: Path) -> None:
     """See TurboQuantCache.save."""
     if len(cache.ours) != len(cache.layers):
         raise CacheFileError(f"{path}: this model has layers that are not TurboQuant's; saving them is not supported")
+    if not path.parent.is_dir():
+        raise CacheFileError(f"{path}: there is no folder {path.parent}")
     tensors, values = {}, []
     for i, layer in enumerate(cache.ours):
         some, rest = layer.cache.state()
