@@ -16,6 +16,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 # The demo and the tests read what is installed and bundled; no model is fetched behind the user's back.
 demo test test-oldest check: export HF_HUB_OFFLINE := 1
+# Waiting threads sleep instead of spinning: on a machine with other work, torch is several times faster so.
+export OMP_WAIT_POLICY := PASSIVE
 
 VENV          := .venv
 OLDEST        := .venv-oldest
