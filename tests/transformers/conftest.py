@@ -32,8 +32,8 @@ MODELS = {
     "qwen3": ("qwen3", {}),
     "mistral": ("mistral", dict(sliding_window=20)),
     "phi3": ("phi3", {}),
-    "gemma2": ("gemma2", SLIDING | dict(attn_logit_softcapping=4.0, query_pre_attn_scalar=16)),
-    "gemma3": ("gemma3_text", SLIDING | dict(query_pre_attn_scalar=16)),
+    "gemma2": ("gemma2", SLIDING | dict(attn_logit_softcapping=4.0, query_pre_attn_scalar=5)),
+    "gemma3": ("gemma3_text", SLIDING | dict(query_pre_attn_scalar=5)),
     "gpt-oss": ("gpt_oss", SLIDING | dict(num_local_experts=2, num_experts_per_tok=2)),
     "qwen3-next": (
         "qwen3_next",

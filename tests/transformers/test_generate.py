@@ -128,6 +128,27 @@ def test_continue_a_conversation(tiny, prompt):
     assert torch.equal(second, want)
 
 
+def test_repeating_and_selecting_sequences(tiny, prompt):
+    """Each sequence three times in a row, then some of them: the next logits are those of the sequences meant."""
+    model, next_token = tiny("llama-gqa"), torch.tensor([[5]])
+    cache = TurboQuantCache(model, f"kv4:{SMALL}")
+    mask = torch.cat([prompt()["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1)
+    ids = prompt()["input_ids"]
+    with torch.no_grad():
+        model(**prompt(), past_key_values=cache)
+        model(next_token.repeat(2, 1), attention_mask=mask, past_key_values=cache)
+        cache.crop(-1)
+        cache.batch_repeat_interleave(3)
+        assert cache.ours[0].cache.lengths == [40] * 3 + [23] * 3
+        cache.batch_select_indices(torch.tensor([4, 0]))
+        cache.batch_select_indices(torch.tensor([True, True]))
+        got = model(next_token.repeat(2, 1), attention_mask=mask[[1, 0]], past_key_values=cache).logits
+        want = model(torch.cat([ids, next_token.repeat(2, 1)], 1), attention_mask=mask, use_cache=False).logits[:, -1:]
+    assert cache.ours[0].cache.lengths == [24, 41]
+    error = lambda i, j: (got[i] - want[j]).norm().item()  # noqa: E731
+    assert error(0, 1) < 0.5 * error(0, 0) and error(1, 0) < 0.5 * error(1, 1)
+
+
 def test_a_crop_that_is_refused_changes_no_layer(tiny, prompt):
     """The first layer could take the tokens back, the second has released the pages."""
     model = tiny("gemma3", layer_types=["full_attention", "sliding_attention", "full_attention"])
