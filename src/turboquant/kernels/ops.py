@@ -16,7 +16,7 @@ import torch
 from turboquant.packed.page import PageLayout
 
 OPS = ("cache_append", "cache_attention")
-BACKENDS = ("reference",)  # in order of preference
+BACKENDS = ("cpu", "reference")  # in order of preference
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
 
 
