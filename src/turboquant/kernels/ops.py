@@ -8,6 +8,7 @@ with "auto" the first backend that can runs, and `explain()` names it.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -71,9 +72,15 @@ def explain(layout: PageLayout | None = None, device: torch.device | str = "cpu"
     return rows
 
 
+@lru_cache(maxsize=256)
+def _function(forced: str, op: str, layout: PageLayout, device: torch.device) -> Any:
+    """The function that `choose` names; remembered, because it is asked for in every layer of every step."""
+    name, _ = choose(op, layout, device)
+    return getattr(import_module(f"turboquant.kernels.{name}"), op)
+
+
 def _call(op: str, buf: Any, layout: PageLayout, *args: Any, **kwargs: Any) -> Any:
-    name, _ = choose(op, layout, buf.ring_k.device)
-    return getattr(import_module(f"turboquant.kernels.{name}"), op)(buf, layout, *args, **kwargs)
+    return _function(_forced.get(), op, layout, buf.ring_k.device)(buf, layout, *args, **kwargs)
 
 
 def cache_append(buf: Any, layout: PageLayout, *args: Any, **kwargs: Any) -> None:

@@ -122,6 +122,7 @@ def _arguments(buf: CacheBuffers, q: Tensor, k: Tensor, v: Tensor, valid: Tensor
         buf.readers.shape[2],
         buf.table.shape[1],
         DTYPES[dtype],
+        buf.pages.shape[0],
     )
     return (
         tuple([t.data_ptr() for t in tensors]),

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "driver.h"
@@ -146,7 +147,12 @@ void append(const Call& call, const Encoder& e, int threads) {
   for (int b = 0; b < call.batch; b++) {
     for (int i = 0; i < call.n; i++) added[b] += call.position[int64_t(b) * call.n + i] >= 0;
     most = std::max(most, added[b]);
-    encoded = std::max(encoded, (call.start[b] + added[b]) / p.page - call.start[b] / p.page);
+    const int64_t first = call.start[b] / p.page, last = (call.start[b] + added[b]) / p.page;
+    encoded = std::max(encoded, last - first);
+    for (int64_t i = first; i < last; i++) {
+      const int64_t id = i < call.width ? call.table[int64_t(b) * call.width + i] : -1;
+      if (id < 0 || id >= call.pool) throw std::invalid_argument("the table names no page for tokens that complete one");
+    }
   }
   const auto sequence = [&](int64_t bh) {
     return Sequence(call, int(bh / call.heads), int(bh % call.heads), added[bh / call.heads]);

@@ -88,8 +88,8 @@ struct Prepared {
 };
 
 // buffers: pages table ring_k ring_v sink_k sink_v readers tracker length nonfinite;
-// sizes: batch heads group n slots sinks samples width dtype
-void prepare(Prepared& p, const Spec& spec, const std::array<int64_t, 10>& at, const std::array<int64_t, 9>& size,
+// sizes: batch heads group n slots sinks samples width dtype pool
+void prepare(Prepared& p, const Spec& spec, const std::array<int64_t, 10>& at, const std::array<int64_t, 10>& size,
              const Row& q, const Row& k, const Row& v, int64_t valid) {
   Call& c = p.call;
   c.spec = &spec;
@@ -99,6 +99,7 @@ void prepare(Prepared& p, const Spec& spec, const std::array<int64_t, 10>& at, c
   c.length = address<int64_t>(at[8]), c.nonfinite = address<int64_t>(at[9]);
   c.batch = int(size[0]), c.heads = int(size[1]), c.group = int(size[2]), c.n = int(size[3]), c.slots = int(size[4]);
   c.sinks = int(size[5]), c.samples = int(size[6]), c.width = int(size[7]), c.dtype = int(size[8]);
+  c.pool = int(size[9]);
   c.q = strided(q), c.k = strided(k), c.v = strided(v);
   c.valid = address<uint8_t>(valid);
   p.start.assign(c.length, c.length + c.batch);
@@ -128,7 +129,7 @@ NB_MODULE(_native, m) {
   });
   m.def("pool", [] { return std::string(pool_name()); });
   m.def("attention", [](const Spec& spec, const std::string& isa, int threads, const std::array<int64_t, 10>& buffers,
-                        const std::array<int64_t, 9>& sizes, const Row& q, const Row& k, const Row& v, const Row& out,
+                        const std::array<int64_t, 10>& sizes, const Row& q, const Row& k, const Row& v, const Row& out,
                         int64_t valid, int64_t mask, int64_t mask_sb, double scaling, double softcap, int64_t window,
                         int64_t ring, int64_t sink_logits) {
     nb::gil_scoped_release release;
@@ -141,7 +142,7 @@ NB_MODULE(_native, m) {
     attention(c, kernels_of(isa.c_str()), threads);
   });
   m.def("append", [](const Spec& spec, const std::string& isa, int threads, const std::array<int64_t, 10>& buffers,
-                     const std::array<int64_t, 9>& sizes, const Row& q, const Row& k, const Row& v, int64_t valid) {
+                     const std::array<int64_t, 10>& sizes, const Row& q, const Row& k, const Row& v, int64_t valid) {
     nb::gil_scoped_release release;
     Prepared p;
     prepare(p, spec, buffers, sizes, q, k, v, valid);
