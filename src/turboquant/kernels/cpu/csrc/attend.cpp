@@ -57,19 +57,21 @@ TQ_INLINE void values_of(const uint8_t* codes, int row, int count, int d, const 
 }
 
 static void key_tile(const uint8_t* codes, int row, int count, int d, const Table& tab, float* kt) {
-  switch (tab.bits) {
+  switch (tab.kind) {
     case 2: return keys_of<2>(codes, row, count, d, tab, kt);
     case 3: return keys_of<3>(codes, row, count, d, tab, kt);
     case 4: return keys_of<4>(codes, row, count, d, tab, kt);
+    case LOOKUP8: return keys_of<LOOKUP8>(codes, row, count, d, tab, kt);
     default: return keys_of<8>(codes, row, count, d, tab, kt);
   }
 }
 
 static void value_tile(const uint8_t* codes, int row, int count, int d, const Table& tab, float* vt) {
-  switch (tab.bits) {
+  switch (tab.kind) {
     case 2: return values_of<2>(codes, row, count, d, tab, vt);
     case 3: return values_of<3>(codes, row, count, d, tab, vt);
     case 4: return values_of<4>(codes, row, count, d, tab, vt);
+    case LOOKUP8: return values_of<LOOKUP8>(codes, row, count, d, tab, vt);
     default: return values_of<8>(codes, row, count, d, tab, vt);
   }
 }
@@ -90,7 +92,8 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
   const int rows = r1 - r0, d = s.d, P = s.page;
   Scratch w(s, memory);
   float *raw = w.q, *turned = w.q + ROWS * LD;
-  const Table key_table = make_table(s.key_levels, s.key_bits), value_table = make_table(s.value_levels, s.value_bits);
+  const Table key_table = make_table(s.key_levels, s.key_bits, !s.plain),
+              value_table = make_table(s.value_levels, s.value_bits, !s.plain);
   float key_scale[MAX_PAGE], value_scale[MAX_PAGE], hot_row[MAX_PAGE], constant[ROWS];
   Span span[ROWS];
   int64_t lo = INT64_MAX, hi = 0;

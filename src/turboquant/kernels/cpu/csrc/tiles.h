@@ -7,26 +7,34 @@
 namespace tq {
 namespace TQ_ISA {
 
+constexpr int LOOKUP8 = 9;  // kind of 8-bit codes whose 256 levels are not uniform; the other kinds are the bits
+
 struct Table {  // levels by code; 16 entries with shorter tables repeated, so that higher bits of an index do no harm
   float level[16];
-  int bits;
+  const float* all;
+  int kind;
 };
 
-TQ_INLINE Table make_table(const float* levels, int bits) {
+TQ_INLINE Table make_table(const float* levels, int bits, bool uniform8) {
   Table t;
-  t.bits = bits;
-  if (bits < 8) {
-    for (int i = 0; i < 16; i++) t.level[i] = levels[i & ((1 << bits) - 1)];
-  } else {
-    t.level[0] = levels[0], t.level[1] = levels[128] - levels[127];  // uniform: first level and step
-  }
+  t.all = levels, t.kind = bits == 8 && !uniform8 ? LOOKUP8 : bits;
+  for (int i = 0; i < 16; i++) t.level[i] = levels[i & ((1 << (bits < 4 ? bits : 4)) - 1)];
   return t;
+}
+
+template <int KIND>
+constexpr int bits_of() {
+  return KIND == LOOKUP8 ? 8 : KIND;
 }
 
 #if defined(TQ_AVX512)
 
-template <int BITS>
-TQ_INLINE V16 value16(const uint8_t* p, __m512 table) {  // sixteen consecutive codes
+template <int KIND>
+TQ_INLINE V16 value16(const uint8_t* p, __m512 table, const float* all) {  // sixteen consecutive codes
+  constexpr int BITS = bits_of<KIND>();
+  if (KIND == LOOKUP8) {
+    return {_mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), all, 4)};
+  }
   if (BITS == 8) {
     const __m512i c = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), _mm512_set1_epi32(127));
     return {_mm512_div_ps(_mm512_cvtepi32_ps(c), _mm512_set1_ps(127))};
@@ -56,8 +64,9 @@ TQ_INLINE __m256i words8(const uint8_t* p, int count) {
 }
 
 // kt[c·ld + t] for 16 tokens whose rows lie `row` bytes apart
-template <int BITS>
+template <int KIND>
 TQ_INLINE void key_tile16(const uint8_t* codes, int row, int d, const Table& tab, float* kt, int ld) {
+  constexpr int BITS = bits_of<KIND>();
   constexpr int K = BITS == 2 ? 16 : BITS == 8 ? 4 : 8;  // codes of a word
   constexpr int BYTES = BITS == 3 ? 3 : 4;
   const __m512 table = _mm512_loadu_ps(tab.level);
@@ -88,7 +97,9 @@ TQ_INLINE void key_tile16(const uint8_t* codes, int row, int d, const Table& tab
     for (int i = 0; i < count; i++, out += K * ld) {
       for (int c = 0; c < K; c++) {
         const __m512i x = _mm512_srli_epi32(u[i], c * BITS);
-        if (BITS == 8) {
+        if (KIND == LOOKUP8) {
+          _mm512_storeu_ps(out + c * ld, _mm512_i32gather_ps(_mm512_and_si512(x, _mm512_set1_epi32(255)), tab.all, 4));
+        } else if (BITS == 8) {
           const __m512i y = _mm512_sub_epi32(_mm512_and_si512(x, _mm512_set1_epi32(255)), _mm512_set1_epi32(127));
           _mm512_storeu_ps(out + c * ld, _mm512_div_ps(_mm512_cvtepi32_ps(y), _mm512_set1_ps(127)));
         } else {
@@ -99,19 +110,22 @@ TQ_INLINE void key_tile16(const uint8_t* codes, int row, int d, const Table& tab
   }
 }
 
-template <int BITS>
+template <int KIND>
 TQ_INLINE void value_row(const uint8_t* codes, int d, const Table& tab, float* out) {
   const __m512 table = _mm512_loadu_ps(tab.level);
-  for (int c = 0; c < d; c += 16) store(out + c, value16<BITS>(codes + c * BITS / 8, table));
+  for (int c = 0; c < d; c += 16) store(out + c, value16<KIND>(codes + c * bits_of<KIND>() / 8, table, tab.all));
 }
 
 #else
 
-template <int BITS>
+template <int KIND>
 TQ_INLINE void value_row(const uint8_t* codes, int d, const Table& tab, float* out) {
+  constexpr int BITS = bits_of<KIND>();
   for (int c = 0; c < d; c += 8) {
     const uint8_t* p = codes + c * BITS / 8;
-    if (BITS == 8) {
+    if (KIND == LOOKUP8) {
+      for (int i = 0; i < 8; i++) out[c + i] = tab.all[p[i]];
+    } else if (BITS == 8) {
       for (int i = 0; i < 8; i++) out[c + i] = float(int(p[i]) - 127) / 127.0f;
     } else {
       uint32_t w = 0;
@@ -158,10 +172,10 @@ TQ_INLINE void transpose16(const float* rows, int from, int d, float* kt, int ld
 }
 
 #if !defined(TQ_AVX512)
-template <int BITS>
+template <int KIND>
 TQ_INLINE void key_tile16(const uint8_t* codes, int row, int d, const Table& tab, float* kt, int ld) {
   float rows[16 * MAX_D];
-  for (int t = 0; t < 16; t++) value_row<BITS>(codes + int64_t(t) * row, d, tab, rows + t * d);
+  for (int t = 0; t < 16; t++) value_row<KIND>(codes + int64_t(t) * row, d, tab, rows + t * d);
   transpose16(rows, d, d, kt, ld);
 }
 #endif
