@@ -248,14 +248,14 @@ def test_bytes_of_odd_values(recipe, odd):
 
 @pytest.mark.parametrize("recipe", ["kv4", "kv3", "plain4"])
 def test_bytes_depend_on_the_sequence_alone(recipe):
-    """Batch of three or each alone, one chunk or many, padded or not, one thread or two: the same pages, bit for bit."""
+    """A batch or each alone, one chunk or many, padded or not, one thread or two: the same pages, bit for bit."""
     chunks = make_chunks((300,), 3, 2, 2, 64, torch.bfloat16)
     whole, _ = run(recipe, chunks)
     q, k, v, _ = chunks[0]
     threads = torch.get_num_threads()
     for row in range(3):
         edges = [0, 1, 64, 100, 129, 300]
-        parts = [tuple(x[row : row + 1, :, i:j] for x in (q, k, v)) + (None,) for i, j in pairwise(edges)]
+        parts = [(*(x[row : row + 1, :, i:j] for x in (q, k, v)), None) for i, j in pairwise(edges)]
         padded = []
         for a, b, c, _ in parts:  # a padding column before each chunk
             pad = lambda x: torch.cat([torch.full_like(x[:, :, :1], torch.nan), x], 2)  # noqa: E731

@@ -3,7 +3,7 @@
 // A page's keys are k = s∘(Rᵀ(a_t·level) + mean), but for the hot channels. So q' = R(q∘s) is made once per page and
 // row, a logit is a_t·(q'·level) + (q∘s)·mean + the hot channels, and no key is ever rotated back. Values stay rotated
 // in the accumulator; one inverse rotation per output row undoes that (`finish`).
-#include "softmax.h"
+#include "fused.h"
 
 namespace tq {
 namespace TQ_ISA {
@@ -11,14 +11,15 @@ namespace TQ_ISA {
 namespace {
 
 struct Scratch {
-  float *q, *s, *tile, *scale, *mean, *rows;
+  float *q, *s, *tile, *scale, *mean, *rows, *hot;
   explicit Scratch(const Spec& spec, float* p) {
     q = p, p += 2 * ROWS * LD;
     s = p, p += ROWS * (spec.page > EXACT ? spec.page : EXACT);
     tile = p, p += TILE * MAX_D + 16 * MAX_D;
     scale = p, p += MAX_D;
     mean = p, p += MAX_D;
-    rows = p;
+    rows = p, p += 16 * MAX_D;
+    hot = p;
   }
 };
 
@@ -84,7 +85,8 @@ TQ_INLINE void token_scales(const Spec& s, const uint8_t* page, int64_t plain_at
     return;
   }
   const float base = header_half(page + base_at);
-  for (int t = 0; t < s.page; t++) out[t] = base * s.a_table[page[log_at + t]];
+  const V16 b = set1(base);
+  for (int t = 0; t < s.page; t += 16) store(out + t, mul(b, lookup(s.a_table, page + log_at + t)));
 }
 
 static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, int64_t last, Rows run, float* memory) {
@@ -94,7 +96,7 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
   float *raw = w.q, *turned = w.q + ROWS * LD;
   const Table key_table = make_table(s.key_levels, s.key_bits, !s.plain),
               value_table = make_table(s.value_levels, s.value_bits, !s.plain);
-  float key_scale[MAX_PAGE], value_scale[MAX_PAGE], hot_row[MAX_PAGE], constant[ROWS];
+  float key_scale[MAX_PAGE], value_scale[MAX_PAGE], constant[ROWS];
   Span span[ROWS];
   int64_t lo = INT64_MAX, hi = 0;
   for (int r = 0; r < rows; r++) {
@@ -115,7 +117,7 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
     token_scales(s, page, s.value_scale, s.value_log_scale, s.value_base, value_scale);
     if (!s.plain) {
       const float step = header_half(page + s.key_mean_step);
-      for (int k = 0; k < d; k++) w.scale[k] = s.s_table[page[s.key_log_s + k]];
+      for (int k = 0; k < d; k += 16) store(w.scale + k, lookup(s.s_table, page + s.key_log_s + k));
       for (int k = 0; k < d; k += 16) store(w.mean + k, mul(from_i8(page + s.key_mean_code + k), set1(step)));
       for (int i = 0; i < s.hot; i++) w.scale[page[s.key_hot_index + i]] = 0;
     }
@@ -136,25 +138,26 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
       for (int i = 0; i < s.hot; i++) total += q[page[s.key_hot_index + i]] * header_half(page + s.key_hot_mean + 2 * i);
       constant[r] = total;
     }
-    for (int t = 0; t < P; t += TILE) {
+    const bool fused = rows <= FUSED_ROWS;
+    if (fused) fused_dot(turned, rows, page + s.key_codes, s.key_row, P, d, key_table, w.s, P);
+    for (int t = 0; t < P && !fused; t += TILE) {
       const int count = P - t < TILE ? P - t : TILE;
       key_tile(page + s.key_codes + int64_t(t) * s.key_row, s.key_row, count, d, key_table, w.tile);
       dot_tile(turned, rows, w.tile, count, d, w.s + t, P);
     }
-    for (int r = 0; r < rows; r++) {
-      float* x = w.s + r * P;
-      const V16 add_ = set1(constant[r]);
-      for (int t = 0; t < P; t += 16) store(x + t, fma(load(x + t), load(key_scale + t), add_));
-    }
     for (int i = 0; i < s.hot; i++) {
-      const int channel = page[s.key_hot_index + i];
-      const float step = header_half(page + s.key_hot_step + 2 * i);
+      const V16 step = set1(header_half(page + s.key_hot_step + 2 * i));
       const uint8_t* codes = page + s.key_hot_codes + int64_t(i) * P;
-      for (int t = 0; t < P; t += 16) store(hot_row + t, mul(from_i8(codes + t), set1(step)));
-      for (int r = 0; r < rows; r++) {
-        float* x = w.s + r * P;
-        const V16 q = set1(raw[r * LD + channel]);
-        for (int t = 0; t < P; t += 16) store(x + t, fma(q, load(hot_row + t), load(x + t)));
+      for (int t = 0; t < P; t += 16) store(w.hot + i * P + t, mul(from_i8(codes + t), step));
+    }
+    for (int r = 0; r < rows; r++) {
+      float *x = w.s + r * P, q_hot[MAX_HOT];
+      const V16 add_ = set1(constant[r]);
+      for (int i = 0; i < s.hot; i++) q_hot[i] = raw[r * LD + page[s.key_hot_index + i]];
+      for (int t = 0; t < P; t += 16) {
+        V16 y = fma(load(x + t), load(key_scale + t), add_);
+        for (int i = 0; i < s.hot; i++) y = fma(set1(q_hot[i]), load(w.hot + i * P + t), y);
+        store(x + t, y);
       }
     }
     for (int r = 0; r < rows; r++) {
@@ -163,7 +166,8 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
       for (int64_t t = span[r].hi - from > 0 ? span[r].hi - from : 0; t < P; t++) x[t] = -INFINITY;
       softmax_row(x, value_scale, P, d, c.softcap, run.m[r], run.l[r], run.o + r * LD);
     }
-    for (int t = 0; t < P; t += TILE) {
+    if (fused) fused_mix(w.s, P, rows, page + s.value_codes, s.value_row, P, d, value_table, run.o);
+    for (int t = 0; t < P && !fused; t += TILE) {
       const int count = P - t < TILE ? P - t : TILE;
       value_tile(page + s.value_codes + int64_t(t) * s.value_row, s.value_row, count, d, value_table, w.tile);
       mix_tile(w.s + t, P, rows, w.tile, count, d, run.o);

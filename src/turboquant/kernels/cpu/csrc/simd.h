@@ -214,6 +214,16 @@ TQ_INLINE float max16(V16 x) {
   return first(x);
 }
 
+TQ_INLINE V16 lookup(const float* table, const uint8_t* index) {
+#if defined(TQ_AVX512)
+  return {_mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)index)), table, 4)};
+#else
+  float r[16];
+  for (int i = 0; i < 16; i++) r[i] = table[index[i]];
+  return load(r);
+#endif
+}
+
 // sixteen elements of a 16-bit or fp32 row
 TQ_INLINE V16 load_as(const void* p, int dtype, int64_t i) {
   if (dtype == 0) return load((const float*)p + i);

@@ -30,6 +30,16 @@ constexpr int bits_of() {
 #if defined(TQ_AVX512)
 
 template <int KIND>
+TQ_INLINE V16 level_of(__m512i codes, __m512 table, const float* all) {  // lowest code of each lane
+  if (KIND == LOOKUP8) return {_mm512_i32gather_ps(_mm512_and_si512(codes, _mm512_set1_epi32(255)), all, 4)};
+  if (KIND == 8) {
+    const __m512i c = _mm512_sub_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(255)), _mm512_set1_epi32(127));
+    return {_mm512_div_ps(_mm512_cvtepi32_ps(c), _mm512_set1_ps(127))};
+  }
+  return {_mm512_permutexvar_ps(codes, table)};
+}
+
+template <int KIND>
 TQ_INLINE V16 value16(const uint8_t* p, __m512 table, const float* all) {  // sixteen consecutive codes
   constexpr int BITS = bits_of<KIND>();
   if (KIND == LOOKUP8) {
@@ -63,13 +73,15 @@ TQ_INLINE __m256i words8(const uint8_t* p, int count) {
                                                       5, z, 6, 7, 8, z, 9, 10, 11, z));
 }
 
-// kt[c·ld + t] for 16 tokens whose rows lie `row` bytes apart
-template <int KIND>
-TQ_INLINE void key_tile16(const uint8_t* codes, int row, int d, const Table& tab, float* kt, int ld) {
-  constexpr int BITS = bits_of<KIND>();
-  constexpr int K = BITS == 2 ? 16 : BITS == 8 ? 4 : 8;  // codes of a word
-  constexpr int BYTES = BITS == 3 ? 3 : 4;
-  const __m512 table = _mm512_loadu_ps(tab.level);
+template <int BITS>
+constexpr int codes_of_word() {
+  return BITS == 2 ? 16 : BITS == 8 ? 4 : 8;
+}
+
+// words[i·16 + t]: word i of token t, for 16 tokens whose rows lie `row` bytes apart
+template <int BITS>
+TQ_INLINE void key_words16(const uint8_t* codes, int row, int d, uint32_t* words) {
+  constexpr int K = codes_of_word<BITS>(), BYTES = BITS == 3 ? 3 : 4;
   for (int w = 0; w < d / K; w += 8) {
     const int count = d / K - w < 8 ? d / K - w : 8;
     __m512i r[8], u[8];
@@ -93,20 +105,21 @@ TQ_INLINE void key_tile16(const uint8_t* codes, int row, int d, const Table& tab
       u[t] = _mm512_permutex2var_epi64(r[t], low, r[t + 4]);
       u[t + 4] = _mm512_permutex2var_epi64(r[t], high, r[t + 4]);
     }
-    float* out = kt + int64_t(w) * K * ld;
-    for (int i = 0; i < count; i++, out += K * ld) {
-      for (int c = 0; c < K; c++) {
-        const __m512i x = _mm512_srli_epi32(u[i], c * BITS);
-        if (KIND == LOOKUP8) {
-          _mm512_storeu_ps(out + c * ld, _mm512_i32gather_ps(_mm512_and_si512(x, _mm512_set1_epi32(255)), tab.all, 4));
-        } else if (BITS == 8) {
-          const __m512i y = _mm512_sub_epi32(_mm512_and_si512(x, _mm512_set1_epi32(255)), _mm512_set1_epi32(127));
-          _mm512_storeu_ps(out + c * ld, _mm512_div_ps(_mm512_cvtepi32_ps(y), _mm512_set1_ps(127)));
-        } else {
-          _mm512_storeu_ps(out + c * ld, _mm512_permutexvar_ps(x, table));
-        }
-      }
-    }
+    for (int i = 0; i < count; i++) _mm512_storeu_si512(words + (w + i) * 16, u[i]);
+  }
+}
+
+// kt[c·ld + t] for 16 tokens
+template <int KIND>
+TQ_INLINE void key_tile16(const uint8_t* codes, int row, int d, const Table& tab, float* kt, int ld) {
+  constexpr int BITS = bits_of<KIND>(), K = codes_of_word<BITS>();
+  const __m512 table = _mm512_loadu_ps(tab.level);
+  alignas(64) uint32_t words[MAX_D / K * 16];
+  key_words16<BITS>(codes, row, d, words);
+  for (int w = 0; w < d / K; w++) {
+    const __m512i x = _mm512_load_si512(words + w * 16);
+#pragma GCC unroll 16
+    for (int c = 0; c < K; c++, kt += ld) store(kt, level_of<KIND>(_mm512_srli_epi32(x, c * BITS), table, tab.all));
   }
 }
 
