@@ -2,10 +2,10 @@
 
     python benchmarks/bench_cache_cpu.py --json out.json
 
-All contestants of a row run interleaved in one process, and medians are compared. On a machine that others use too, wall
-time tells little: `--threads 1 --clock thread` compares the processor time of one thread instead. A row whose output does not agree with attention over the
-decoded pages is refused. `percent_of_memcpy` is the pages' bytes per second as a share of a measured copy (bytes read
-plus bytes written).
+All contestants of a row run interleaved in one process, and medians are compared. On a machine that others use too,
+wall time tells little: `--threads 1 --clock thread` compares the processor time of one thread instead. A row whose
+output does not agree with the reference is refused. `percent_of_memcpy` is the pages' bytes per second as a share of a
+measured copy (bytes read plus bytes written).
 """
 
 import argparse

@@ -113,6 +113,11 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
     const int64_t from = p * P;
     if (id < 0 || from + P <= lo || from >= hi) continue;
     const uint8_t* page = c.pages + (int64_t(id) * c.heads + h) * s.page_bytes;
+    const int32_t next = p + 1 < last ? c.table[int64_t(b) * c.width + p + 1] : -1;
+    if (next >= 0) {  // a head's pages lie apart: no hardware prefetcher follows
+      const uint8_t* ahead = c.pages + (int64_t(next) * c.heads + h) * s.page_bytes;
+      for (int64_t i = 0; i < s.page_bytes; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+    }
     token_scales(s, page, s.key_scale, s.key_log_scale, s.key_base, key_scale);
     token_scales(s, page, s.value_scale, s.value_log_scale, s.value_base, value_scale);
     if (!s.plain) {

@@ -99,25 +99,43 @@ struct Levels {
   int count, bits;
 };
 
+// levels nearest to y (16 values), and their codes
+TQ_INLINE V16 level_near(V16 y, const Levels& lv, uint8_t* codes) {
+#if defined(TQ_AVX512)
+  if (lv.bits < 8) {  // halving over the sorted edges, which fit a register
+    const __m512 edges = _mm512_maskz_loadu_ps(__mmask16((1 << (lv.count - 1)) - 1), lv.edge);
+    const __m512 levels = _mm512_maskz_loadu_ps(__mmask16((1 << lv.count) - 1), lv.level);
+    __m512i i = _mm512_setzero_si512();
+    for (int half = lv.count / 2; half > 0; half /= 2) {
+      const __m512 edge = _mm512_permutexvar_ps(_mm512_add_epi32(i, _mm512_set1_epi32(half - 1)), edges);
+      i = _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(y.a, edge, _CMP_NLE_UQ), i, _mm512_set1_epi32(half));
+    }
+    _mm_storeu_si128((__m128i*)codes, _mm512_cvtepi32_epi8(i));
+    return {_mm512_permutexvar_ps(i, levels)};
+  }
+#endif
+  nearest16(y, lv.edge, lv.count - 1, lv.bits, codes);
+  return lookup(lv.level, codes);
+}
+
 // codes of y / scale
 TQ_INLINE void codes_of(const float* y, int d, float scale, const Levels& lv, uint8_t* codes) {
   const V16 s = set1(scale);
-  for (int c = 0; c < d; c += 16) {
-    nearest16(scale > 0 ? div(load(y + c), s) : zero(), lv.edge, lv.count - 1, lv.bits, codes + c);
-  }
+  for (int c = 0; c < d; c += 16) level_near(scale > 0 ? div(load(y + c), s) : zero(), lv, codes + c);
 }
 
 struct Fit {
   float dot, square;  // <y, level> and <level, level>
 };
 
-TQ_INLINE Fit fit_of(const float* y, int d, const Levels& lv, const uint8_t* codes) {
+// how the levels nearest to y / scale fit y
+TQ_INLINE Fit fit_of(const float* y, int d, float scale, const Levels& lv) {
+  const V16 s = set1(scale);
   V16 dot = zero(), square = zero();
+  uint8_t codes[16];
   for (int c = 0; c < d; c += 16) {
-    float values[16];
-    for (int i = 0; i < 16; i++) values[i] = lv.level[codes[c + i]];
-    const V16 x = load(values);
-    dot = add(dot, mul(load(y + c), x)), square = add(square, mul(x, x));
+    const V16 v = load(y + c), x = level_near(scale > 0 ? div(v, s) : zero(), lv, codes);
+    dot = add(dot, mul(v, x)), square = add(square, mul(x, x));
   }
   return {sum16(dot), sum16(square)};
 }
@@ -137,17 +155,15 @@ TQ_INLINE float amax(const float* y, int d) {
 }
 
 // the scale to store for a row, before rounding
-TQ_INLINE float row_scale(const Spec& s, const float* y, const Levels& lv, uint8_t* codes) {
+TQ_INLINE float row_scale(const Spec& s, const float* y, const Levels& lv) {
   if (lv.bits == 8) {
-    codes_of(y, s.d, amax(y, s.d), lv, codes);
-    const Fit f = fit_of(y, s.d, lv, codes);
+    const Fit f = fit_of(y, s.d, amax(y, s.d), lv);
     return f.dot / (f.square > 1e-30f ? f.square : 1e-30f);
   }
   const float norm = root_mean_square(y, s.d);
   float best = 0, overlap = 0;
   for (int i = 0; i < s.trials; i++) {
-    codes_of(y, s.d, norm * s.trial[i], lv, codes);
-    const Fit f = fit_of(y, s.d, lv, codes);
+    const Fit f = fit_of(y, s.d, norm * s.trial[i], lv);
     const float quality = f.dot * f.dot / f.square;
     if (i == 0 || quality > best) best = quality, overlap = f.dot;
   }
@@ -175,7 +191,7 @@ TQ_INLINE void encode_rows(const Spec& s, const float* y, const uint8_t* usable,
   uint8_t codes[MAX_D];
   for (int t = 0; t < s.page; t++) {
     const float* x = y + t * s.d;
-    scale[t] = row_scale(s, x, lv, codes);
+    scale[t] = row_scale(s, x, lv);
     if (usable[t] && scale[t] > top) top = scale[t];
   }
   const uint16_t half = half_up(top);
