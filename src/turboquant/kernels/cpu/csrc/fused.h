@@ -15,25 +15,26 @@ TQ_INLINE void dot_codes_block(const float* q, const uint8_t* codes, int row, in
   alignas(64) uint32_t words[NV][MAX_D / K][16];
   for (int v = 0; v < NV; v++) key_words16<BITS>(codes + int64_t(16 * v) * row, row, d, words[v][0]);
   const __m512 table = _mm512_loadu_ps(tab.level);
-  V16 acc[RB][NV];
-  for (int r = 0; r < RB; r++)
-    for (int v = 0; v < NV; v++) acc[r][v] = zero();
-  for (int w = 0; w < d / K; w++, q += K) {
-    __m512i x[NV];
-    for (int v = 0; v < NV; v++) x[v] = _mm512_load_si512(words[v][w]);
+  for (int w0 = 0; w0 < d / K; w0 += CHAIN / K) {
+    V16 acc[RB][NV];
+    for (int r = 0; r < RB; r++)
+      for (int v = 0; v < NV; v++) acc[r][v] = zero();
+    for (int w = w0; w < d / K && w < w0 + CHAIN / K; w++, q += K) {
+      __m512i x[NV];
+      for (int v = 0; v < NV; v++) x[v] = _mm512_load_si512(words[v][w]);
 #pragma GCC unroll 16
-    for (int c = 0; c < K; c++) {
-      V16 level[NV];
-      for (int v = 0; v < NV; v++) level[v] = level_of<KIND>(_mm512_srli_epi32(x[v], c * BITS), table, tab.all);
+      for (int c = 0; c < K; c++) {
+        V16 level[NV];
+        for (int v = 0; v < NV; v++) level[v] = level_of<KIND>(_mm512_srli_epi32(x[v], c * BITS), table, tab.all);
 #pragma GCC unroll 8
-      for (int r = 0; r < RB; r++) {
-        const V16 y = set1(q[r * LD + c]);
-        for (int v = 0; v < NV; v++) acc[r][v] = fma(y, level[v], acc[r][v]);
+        for (int r = 0; r < RB; r++) {
+          const V16 y = set1(q[r * LD + c]);
+          for (int v = 0; v < NV; v++) acc[r][v] = fma(y, level[v], acc[r][v]);
+        }
       }
     }
+    keep_dot<RB, NV>(acc, s, lds, w0 == 0);
   }
-  for (int r = 0; r < RB; r++)
-    for (int v = 0; v < NV; v++) store(s + r * lds + 16 * v, acc[r][v]);
 }
 
 // o[r·LD + c] += sum over t of p[r·ldp + t]·level of 16·NV channels

@@ -6,22 +6,35 @@
 namespace tq {
 namespace TQ_ISA {
 
+constexpr int CHAIN = 32;  // channels summed in one chain; longer ones round more than torch's dot product does
+
+template <int RB, int NV>
+TQ_INLINE void keep_dot(V16 (&acc)[RB][NV], float* s, int lds, bool first_) {
+  for (int r = 0; r < RB; r++) {
+    for (int v = 0; v < NV; v++) {
+      float* to = s + r * lds + 16 * v;
+      store(to, first_ ? acc[r][v] : add(load(to), acc[r][v]));
+    }
+  }
+}
+
 // s[r·lds + t] = sum over c of q[r·LD + c]·kt[c·TILE + t], 16·NV tokens
 template <int RB, int NV>
 TQ_INLINE void dot_block(const float* q, const float* kt, int d, float* s, int lds) {
-  V16 acc[RB][NV];
-  for (int r = 0; r < RB; r++)
-    for (int v = 0; v < NV; v++) acc[r][v] = zero();
-  for (int c = 0; c < d; c++) {
-    V16 k[NV];
-    for (int v = 0; v < NV; v++) k[v] = load(kt + c * TILE + 16 * v);
-    for (int r = 0; r < RB; r++) {
-      const V16 x = set1(q[r * LD + c]);
-      for (int v = 0; v < NV; v++) acc[r][v] = fma(x, k[v], acc[r][v]);
+  for (int c0 = 0; c0 < d; c0 += CHAIN) {
+    V16 acc[RB][NV];
+    for (int r = 0; r < RB; r++)
+      for (int v = 0; v < NV; v++) acc[r][v] = zero();
+    for (int c = c0; c < d && c < c0 + CHAIN; c++) {
+      V16 k[NV];
+      for (int v = 0; v < NV; v++) k[v] = load(kt + c * TILE + 16 * v);
+      for (int r = 0; r < RB; r++) {
+        const V16 x = set1(q[r * LD + c]);
+        for (int v = 0; v < NV; v++) acc[r][v] = fma(x, k[v], acc[r][v]);
+      }
     }
+    keep_dot<RB, NV>(acc, s, lds, c0 == 0);
   }
-  for (int r = 0; r < RB; r++)
-    for (int v = 0; v < NV; v++) store(s + r * lds + 16 * v, acc[r][v]);
 }
 
 // o[r·LD + c] += sum over t of p[r·ldp + t]·vt[t·d + c], 16·NV channels
