@@ -6,6 +6,7 @@ variable TURBOQUANT_CPU_ISA (avx512, avx2 or portable) forces an instruction set
 
 import os
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
 from turboquant.packed.page import PageLayout
 
 try:
-    from turboquant.kernels.cpu import _native  # type: ignore[attr-defined]
+    _native: Any = import_module("turboquant.kernels.cpu._native")
 except ImportError as error:
     _native, _missing = None, str(error)
 
