@@ -75,12 +75,7 @@ def layer(spec: Spec):
     return LayerCache(kv, spec.window), kv, options
 
 
-# The oracle's bytes are matched bit for bit only by backends that sum in torch's order. In the cpu backend a scale next
-# to a rounding tie may go the other way: test_cpu_cache.py holds it to that rule, with float64 on its own bytes.
-EXACT = ("reference",)
-
-
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("backend", ops.BACKENDS)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_backend_against_oracle(spec, backend, oracle, run, tokens, close):
     cache, kv, options = layer(spec)
@@ -125,7 +120,7 @@ def cases(draw):
     return kv, window, steps, draw(st.sampled_from([(1, 1), (2, 1), (4, 2)]))
 
 
-@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("backend", ops.BACKENDS)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases())
 def test_any_chunking_and_padding(backend, case, oracle, run, tokens, close):

@@ -8,10 +8,8 @@ bits, because a single head is noisy; the margins stand below what was measured,
 import itertools
 import math
 
-import pytest
 import torch
 
-from turboquant.kernels import ops
 from turboquant.kernels.reference import decode_page_keys
 from turboquant.layers.cache import LayerCache
 from turboquant.maths.tracker import ChannelStats, ChannelTracker
@@ -20,12 +18,6 @@ from turboquant.recipe import KVRecipe
 LAYERS = ("qwen_a", "qwen_b", "smollm2", "gemma3")
 PAGES = (16, 32, 64)
 SINKS = 4
-
-
-@pytest.fixture(autouse=True)
-def _where_ideas_can_be_switched_off():
-    with ops.use_backend("reference"):
-        yield
 
 
 def attention_logs(q, k):

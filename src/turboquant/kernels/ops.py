@@ -2,13 +2,12 @@
 
 A backend is a module with functions of the same names and signatures; it may lack some, or refuse some arguments by
 saying why in its `supports(op, layout, device)` (None: it can). What was asked for runs, or an error says why not;
-with "auto" the first backend that can runs, and `explain()` names it.
+with "auto" the first backend that can runs, and `explain()` names it. The backends in OPTIONAL run only when asked for.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +16,8 @@ import torch
 from turboquant.packed.page import PageLayout
 
 OPS = ("cache_append", "cache_attention")
-BACKENDS = ("cpu", "reference")  # in order of preference
+BACKENDS = ("reference",)  # in order of preference
+OPTIONAL = ("cpu",)  # never chosen by "auto"
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
 
 
@@ -53,8 +53,9 @@ def choose(op: str, layout: PageLayout | None, device: torch.device) -> tuple[st
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the context every op runs on this backend or raises BackendError; "auto" is the default choice."""
-    if name not in (*BACKENDS, "auto"):
-        raise BackendError(f"backend {name!r} is not known: choose one of {('auto', *BACKENDS)}")
+    known = ("auto", *BACKENDS, *OPTIONAL)
+    if name not in known:
+        raise BackendError(f"backend {name!r} is not known: choose one of {known}")
     token = _forced.set(name)
     try:
         yield
@@ -63,24 +64,20 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def explain(layout: PageLayout | None = None, device: torch.device | str = "cpu") -> list[dict[str, str]]:
-    """Which kernel runs each op: rows of {"op", "kernel", "device", "why"}."""
+    """Which kernel runs each op, and what could on request: rows of {"op", "kernel", "device", "why"}."""
     device = torch.device(device)
     rows = []
     for op in OPS:
         name, why = choose(op, layout, device)
+        for other in OPTIONAL if _forced.get() == "auto" else ():
+            why += "; " + (_refusal(other, op, layout, device) or f"{other}: with use_backend({other!r})")
         rows.append({"op": op, "kernel": name, "device": str(device), "why": why})
     return rows
 
 
-@lru_cache(maxsize=256)
-def _function(forced: str, op: str, layout: PageLayout, device: torch.device) -> Any:
-    """The function that `choose` names; remembered, because it is asked for in every layer of every step."""
-    name, _ = choose(op, layout, device)
-    return getattr(import_module(f"turboquant.kernels.{name}"), op)
-
-
 def _call(op: str, buf: Any, layout: PageLayout, *args: Any, **kwargs: Any) -> Any:
-    return _function(_forced.get(), op, layout, buf.ring_k.device)(buf, layout, *args, **kwargs)
+    name, _ = choose(op, layout, buf.ring_k.device)
+    return getattr(import_module(f"turboquant.kernels.{name}"), op)(buf, layout, *args, **kwargs)
 
 
 def cache_append(buf: Any, layout: PageLayout, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,9 @@
 
 Every size and offset comes from PageLayout and every table from maths/; the C++ in csrc/ knows none. The environment
 variable TURBOQUANT_CPU_ISA (avx512, avx2 or portable) forces an instruction set.
+
+Differences from the reference: sums run in another order, so a stored scale, or a code next to a level boundary, may
+round the other way; and there is no gradient.
 """
 
 import os
@@ -103,14 +106,26 @@ def _dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _arguments(buf: CacheBuffers, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Any, ...]:
+def _arguments(
+    buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
+) -> tuple[Any, ...]:
     """Addresses and sizes, and what has to stay alive while they are used."""
     tensors = [getattr(buf, name) for name in _BUFFERS]
     for name, t in zip(_BUFFERS, tensors, strict=True):
         if not t.is_contiguous():
             raise ValueError(f"CacheBuffers.{name} must be contiguous")
-    b, h, n, _ = k.shape
-    dtype = buf.ring_k.dtype
+    b, h, n, d = k.shape
+    if v.shape != k.shape or q.shape != (b, q.shape[1], n, d) or q.shape[1] % h or d != layout.head_dim:
+        raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not match")
+    if valid is not None and (valid.shape != (b, n) or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be ({b}, {n}) bool, got {tuple(valid.shape)} {valid.dtype}")
+    dtype, width = buf.ring_k.dtype, buf.table.shape[1]
+    if dtype not in DTYPES:
+        raise ValueError(f"the cache must be float32, bfloat16 or float16, not {dtype}")
+    specs = CacheBuffers.specs(layout, b, h, dtype, len(buf.pages), width)
+    for name, t in zip(_BUFFERS, tensors, strict=True):
+        if (tuple(t.shape), t.dtype) != specs[name]:
+            raise ValueError(f"CacheBuffers.{name} must be {specs[name]}, got {(tuple(t.shape), t.dtype)}")
     q, k, v = _dense(q), _dense(k, dtype), _dense(v, dtype)
     valid = None if valid is None else valid.contiguous()
     sizes = (
@@ -121,9 +136,9 @@ def _arguments(buf: CacheBuffers, q: Tensor, k: Tensor, v: Tensor, valid: Tensor
         buf.ring_k.shape[2],
         buf.sink_k.shape[2],
         buf.readers.shape[2],
-        buf.table.shape[1],
+        width,
         DTYPES[dtype],
-        buf.pages.shape[0],
+        len(buf.pages),
     )
     return (
         tuple([t.data_ptr() for t in tensors]),
@@ -140,7 +155,7 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
     """See `reference.cache_append`."""
     if not k.shape[0] or not k.shape[2]:
         return
-    buffers, sizes, q_, k_, v_, valid_, _alive = _arguments(buf, q, k, v, valid)
+    buffers, sizes, q_, k_, v_, valid_, _alive = _arguments(buf, layout, q, k, v, valid)
     _native.append(_spec(layout), isa(), torch.get_num_threads(), buffers, sizes, q_, k_, v_, valid_)
 
 
@@ -162,7 +177,7 @@ def cache_attention(
     out = q.new_empty(b, n, hq, d).transpose(1, 2)
     if not out.numel():
         return out
-    buffers, sizes, q_, k_, v_, valid_, _alive = _arguments(buf, q, k, v, valid)
+    buffers, sizes, q_, k_, v_, valid_, _alive = _arguments(buf, layout, q, k, v, valid)
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask >= 0).expand(-1, 1, n, n).contiguous()
     if sink_logits is not None:

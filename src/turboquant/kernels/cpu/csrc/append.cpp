@@ -53,7 +53,7 @@ void reader_sample(const Sequence& s, int64_t position, float* out) {
   }
   for (int k = 0; k < d; k++) {
     float x = std::sqrt(out[k] / float(c.group));
-    x = x != x ? 0.0f : x > 3.0e38f ? 65504.0f : x;
+    x = x != x ? 0.0f : x > 65504.0f ? 65504.0f : x;
     float kept[1];
     store_as(kept, c.dtype, 0, x);
     out[k] = scalar_as(kept, c.dtype, 0);
@@ -79,9 +79,9 @@ void load_page(const Sequence& s, const Encoder& e, int64_t page, Loaded& x, boo
   const int d = c.spec->d;
   for (int t = 0; t < c.spec->page; t++) {
     const int64_t position = page * c.spec->page + t;
-    const bool k = e.load_finite(s.token(c.k, c.ring_k, position), c.dtype, d, x.k + t * d);
-    const bool v = e.load_finite(s.token(c.v, c.ring_v, position), c.dtype, d, values ? x.v + t * d : x.v);
-    x.usable[t] = k && v && position >= c.sinks;
+    const Worst k = e.load_finite(s.token(c.k, c.ring_k, position), c.dtype, d, x.k + t * d);
+    const Worst v = e.load_finite(s.token(c.v, c.ring_v, position), c.dtype, d, values ? x.v + t * d : x.v);
+    x.usable[t] = k == USABLE && v == USABLE && position >= c.sinks;
   }
 }
 
@@ -150,8 +150,8 @@ void append(const Call& call, const Encoder& e, int threads) {
     const int64_t first = call.start[b] / p.page, last = (call.start[b] + added[b]) / p.page;
     encoded = std::max(encoded, last - first);
     for (int64_t i = first; i < last; i++) {
-      const int64_t id = i < call.width ? call.table[int64_t(b) * call.width + i] : -1;
-      if (id < 0 || id >= call.pool) throw std::invalid_argument("the table names no page for tokens that complete one");
+      if (i >= call.width) throw std::invalid_argument("the table names no page for tokens that complete one");
+      if (call.table[int64_t(b) * call.width + i] >= call.pool) throw std::invalid_argument(OUTSIDE);
     }
   }
   const auto sequence = [&](int64_t bh) {
@@ -164,9 +164,9 @@ void append(const Call& call, const Encoder& e, int threads) {
     const Sequence s = sequence(bh);
     float row[MAX_D];
     for (int64_t i = 0; i < s.count; i++) {
-      const bool k = e.load_finite(s.chunk(call.k, s.start + i), call.dtype, p.d, row);
-      const bool v = e.load_finite(s.chunk(call.v, s.start + i), call.dtype, p.d, row);
-      bad[bh * call.n + i] = !(k && v);
+      const Worst k = e.load_finite(s.chunk(call.k, s.start + i), call.dtype, p.d, row);
+      const Worst v = e.load_finite(s.chunk(call.v, s.start + i), call.dtype, p.d, row);
+      bad[bh * call.n + i] = k == NONFINITE || v == NONFINITE;
     }
   });
   for (int b = 0; b < call.batch; b++) {
@@ -191,9 +191,10 @@ void append(const Call& call, const Encoder& e, int threads) {
       const Sequence s = sequence(task / encoded);
       const int64_t i = task % encoded;
       if (i >= s.pages) return;
+      const int64_t id = call.table[int64_t(s.b) * call.width + s.first_page + i];
+      if (id < 0) return;  // out of the window already, not kept
       Loaded& x = of_worker(worker);
       load_page(s, e, s.first_page + i, x, true);
-      const int64_t id = call.table[int64_t(s.b) * call.width + s.first_page + i];
       uint8_t* out = call.pages + (id * call.heads + s.h) * p.page_bytes;
       e.encode(p, {x.k, x.v, x.usable, frozen.get() + task * 3 * p.d, out}, x.scratch);
     });

@@ -180,6 +180,15 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
   }
 }
 
+TQ_INLINE bool all_finite(const float* x, int d) {
+  uint32_t bits[16], bad = 0;
+  for (int k = 0; k < d; k += 16) {
+    std::memcpy(bits, x + k, 64);
+    for (int i = 0; i < 16; i++) bad |= (bits[i] & 0x7F800000) == 0x7F800000;
+  }
+  return !bad;
+}
+
 // Which 16-bit tokens a row reads: sinks, the ring, the open page, and the chunk.
 struct Exact {
   const Call& c;
@@ -265,6 +274,16 @@ static void exact(const Call& c, int b, int h, int r0, int r1, Rows run, float* 
     }
     for (int t = 0; t < EXACT; t += 16) {
       gather(t, c.v, c.ring_v, c.sink_v);
+      for (int u = 0; u < 16; u++) {  // 0·NaN is NaN: what is not finite may reach the rows that read it and no others
+        float* v = w.rows + u * d;
+        if (!any[t + u] || all_finite(v, d)) continue;
+        for (int r = 0; r < rows; r++) {
+          if (!sees[(r0 + r) / c.group - i0][t + u]) continue;
+          const float p = w.s[r * EXACT + t + u];
+          for (int k = 0; k < d; k++) run.o[r * LD + k] += p * v[k];
+        }
+        std::memset(v, 0, sizeof(float) * d);
+      }
       mix_tile(w.s + t, EXACT, rows, w.rows, 16, d, run.o);
     }
   }

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "driver.h"
@@ -60,6 +61,9 @@ void attention(const Call& call, const Kernels& k, int threads) {
     last = newest - call.ring < 0 ? 0 : std::min(last, (newest - call.ring) / s.page + 1);
     const int64_t oldest = call.window < 0 ? 0 : std::max<int64_t>(0, call.start[b] - call.window + 1);
     plan[b] = {std::min(oldest / s.page, last), last};
+    for (int64_t i = plan[b].first_page; i < last; i++) {
+      if (call.table[int64_t(b) * call.width + i] >= call.pool) throw std::invalid_argument(OUTSIDE);
+    }
     if (last > plan[b].first_page) segments = std::max(segments, (last + per - 1) / per - plan[b].first_page / per);
   }
   const int64_t scratch = attend_scratch_floats(s), part = block * ROW;

@@ -26,22 +26,25 @@ TQ_INLINE float clamp_round(float x, float lo, float hi) {
 
 TQ_INLINE float ratio(float x, float scale) { return scale > 0 ? x / scale : 0.0f; }
 
-static bool load_finite(const void* src, int dtype, int d, float* dst) {
+static Worst load_finite(const void* src, int dtype, int d, float* dst) {
+  const uint32_t largest = float_bits(HALF_MAX);
   uint32_t worst = 0;
   for (int c = 0; c < d; c += 16) {
     store(dst + c, load_as(src, dtype, c));
     uint32_t bits[16], m = 0;
     std::memcpy(bits, dst + c, 64);
-    for (int i = 0; i < 16; i++) m |= (bits[i] & 0x7F800000) == 0x7F800000;
+    for (int i = 0; i < 16; i++) m |= (bits[i] & 0x7FFFFFFF) > largest;
     worst |= m;
   }
-  if (!worst) return true;
+  if (!worst) return USABLE;
+  Worst found = TOO_LARGE;
   for (int c = 0; c < d; c++) {
-    const uint32_t u = float_bits(dst[c]);
-    if ((u & 0x7F800000) != 0x7F800000) continue;
-    dst[c] = u & 0x7FFFFF ? 0.0f : u >> 31 ? -HALF_MAX : HALF_MAX;
+    const uint32_t u = float_bits(dst[c]), a = u & 0x7FFFFFFF;
+    if (a <= largest) continue;
+    if (a >= 0x7F800000) found = NONFINITE;
+    dst[c] = a > 0x7F800000 ? 0.0f : u >> 31 ? -HALF_MAX : HALF_MAX;
   }
-  return false;
+  return found;
 }
 
 // (3, d) mean, variance, power of the usable tokens

@@ -82,10 +82,12 @@ struct PageInput {
   uint8_t* out;
 };
 
+enum Worst : int { USABLE = 0, TOO_LARGE = 1, NONFINITE = 2 };  // TOO_LARGE: finite, but beyond fp16
+
 struct Encoder {
   const char* name;
-  // one row as fp32; returns false if it has a NaN or an infinity (then replaced by 0, +-65504)
-  bool (*load_finite)(const void* src, int dtype, int d, float* dst);
+  // one row as fp32, NaN replaced by 0 and the rest clamped to +-65504; returns the worst of its numbers
+  Worst (*load_finite)(const void* src, int dtype, int d, float* dst);
   void (*page_stats)(const Spec&, const float* k, const uint8_t* usable, const float* power, float* stats);
   void (*encode)(const Spec&, const PageInput&, float* scratch);
 };
