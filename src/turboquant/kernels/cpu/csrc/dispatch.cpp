@@ -1,0 +1,63 @@
+// Which instruction set runs: the best this machine has.
+#include <cstring>
+
+#include "driver.h"
+
+namespace tq {
+
+#define TQ_DECLARE(ns)            \
+  namespace ns {                  \
+  extern const Kernels kernels;   \
+  extern const Encoder encoder;   \
+  }
+
+TQ_DECLARE(portable)
+#if defined(TQ_X86)
+TQ_DECLARE(avx2)
+TQ_DECLARE(avx512)
+#endif
+
+namespace {
+
+struct Table {
+  const Kernels* kernels[3];
+  const Encoder* encoder[3];
+  const char* names[3];
+  int count = 0;
+  void take(const Kernels& k, const Encoder& e) { kernels[count] = &k, encoder[count] = &e, names[count++] = k.name; }
+  Table() {
+#if defined(TQ_X86)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      take(avx512::kernels, avx512::encoder);
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      take(avx2::kernels, avx2::encoder);
+    }
+#endif
+    take(portable::kernels, portable::encoder);
+  }
+  int find(const char* isa) const {
+    for (int i = 0; i < count; i++) {
+      if (std::strcmp(names[i], isa) == 0) return i;
+    }
+    return 0;
+  }
+};
+
+const Table& table() {
+  static const Table t;
+  return t;
+}
+
+}  // namespace
+
+const Kernels& kernels_of(const char* isa) { return *table().kernels[table().find(isa)]; }
+const Encoder& encoder_of(const char* isa) { return *table().encoder[table().find(isa)]; }
+const char* const* isa_names(int* count) {
+  *count = table().count;
+  return table().names;
+}
+
+}  // namespace tq

@@ -1,0 +1,15 @@
+#pragma once
+#include "spec.h"
+
+namespace tq {
+
+const Kernels& kernels_of(const char* isa);  // "" or the name of an instruction set this machine has
+const Encoder& encoder_of(const char* isa);
+const char* const* isa_names(int* count);    // those compiled in and runnable here, the best first
+
+constexpr const char* OUTSIDE = "the table names a page outside the pool";
+
+void attention(const Call& call, const Kernels& k, int threads);
+void append(const Call& call, const Encoder& e, int threads);
+
+}  // namespace tq
