@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from turboquant.maths import bounds, codec
+from turboquant.maths.codebook import lloyd_max, nearest
 from turboquant.maths.rotation import rotate
 from turboquant.maths.tracker import page_stats
 from turboquant.recipe import KV_BITS
@@ -207,3 +208,16 @@ def test_leading_dimensions_are_independent(lead):
     flat, flat_out = x.reshape(-1, TOKENS, 64), whole.reshape(-1, TOKENS, 64)
     for i in range(len(flat)):
         assert torch.equal(codec.decode_keys(encode_keys(flat[i], 4, 4), 4), flat_out[i])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_int8_levels_are_the_codebook_and_cost_next_to_nothing(bits: int) -> None:
+    codes, unit = codec.int8_levels(bits)
+    levels = codec.codebook(bits)
+    assert max(codes) == 127 == -min(codes) and list(codes) == sorted(set(codes))
+    assert torch.equal(levels, torch.tensor([c * unit for c in codes], dtype=torch.float64).float())
+    if bits == 8:
+        return
+    x = torch.randn(4_000_000, generator=torch.Generator().manual_seed(bits))
+    mse = [(x - lv[nearest(x, lv).long()]).double().square().mean() for lv in (levels, lloyd_max(bits))]
+    assert mse[0] / mse[1] < 1.002

@@ -15,6 +15,7 @@ what they buy.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from turboquant.maths.tracker import ChannelStats
 
 S_STEPS = 16  # steps per octave of log_s: 4.4 % apart
 ROW_STEPS = 32  # steps per octave of log_scale: 2.2 % apart
-TRIALS = (1.0, 0.8, 0.8667, 0.9333, 1.0667, 1.1333, 1.2)  # of a row's RMS; the first wins a tie
+TRIALS = (1.0, 0.8, 0.8667, 0.9333, 1.0667, 1.1333, 1.2)  # of a row's RMS
+TIE = 1 + 2.0**-18  # a later trial must fit better by this factor: backends sum in different orders
 FP16_MAX = 65504.0
 
 
@@ -67,8 +69,21 @@ class LiveCodes:
 
 
 def codebook(bits: int, device: torch.device | str = "cpu") -> Tensor:
-    """Levels of the row codes: Lloyd-Max for N(0,1) up to 4 bit, uniform on [-1, 1] at 8 bit."""
-    return uniform(8, device) if bits == 8 else lloyd_max(bits, None, device)
+    """Levels of the row codes: Lloyd-Max for N(0,1) up to 4 bit, uniform on [-1, 1] at 8 bit; int8 times one unit."""
+    codes, unit = int8_levels(bits)
+    return (torch.tensor(codes, dtype=torch.float64) * unit).float().to(device)
+
+
+@lru_cache(maxsize=8)
+def int8_levels(bits: int) -> tuple[tuple[int, ...], float]:
+    """The levels as int8 and their unit, so that kernels can multiply codes as integers, exactly.
+
+    The largest Lloyd-Max level is 127 units and the others are rounded to whole units, which adds 0.15 % to
+    the mean squared error at 4 bit (docs/measured.md).
+    """
+    levels = uniform(8) if bits == 8 else lloyd_max(bits, None)
+    unit = levels[-1].item() / 127
+    return tuple(int(c) for c in (levels / unit).round().tolist()), unit
 
 
 def fp16_up(x: Tensor) -> Tensor:
@@ -107,7 +122,7 @@ def _row_scale(y: Tensor, levels: Tensor) -> Tensor:
         if best is None or overlap is None:
             best, overlap = fit, dot
         else:
-            better = fit > best
+            better = fit > best * TIE
             best, overlap = torch.where(better, fit, best), torch.where(better, dot, overlap)
     assert overlap is not None
     return safe_divide(y.square().sum(-1), overlap)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from turboquant.maths.codebook import lloyd_max
-from turboquant.maths.codec import ROW_STEPS, S_STEPS, TRIALS, codebook, log_decode, token_scale
+from turboquant.maths.codec import ROW_STEPS, S_STEPS, TIE, TRIALS, codebook, log_decode, token_scale
 from turboquant.maths.rotation import hadamard_block, signs
 from turboquant.packed.bits import packed_bytes
 from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
@@ -82,6 +82,7 @@ def _spec(layout: PageLayout) -> Any:
         "decay_new": 1 - kv.decay,
         "blend_old": 1 - kv.blend,
         "blend_new": kv.blend,
+        "tie": TIE,
     }
     tables = {"signs": signs(d), "s_table": s_table, "a_table": a_table, "trials": torch.tensor(TRIALS)}
     for part, bits in (("key", kv.key_bits), ("value", kv.value_bits)):

@@ -168,7 +168,7 @@ TQ_INLINE float row_scale(const Spec& s, const float* y, const Levels& lv) {
   for (int i = 0; i < s.trials; i++) {
     const Fit f = fit_of(y, s.d, norm * s.trial[i], lv);
     const float quality = f.dot * f.dot / f.square;
-    if (i == 0 || quality > best) best = quality, overlap = f.dot;
+    if (i == 0 || quality > best * s.tie) best = quality, overlap = f.dot;
   }
   return ratio(sum_of_squares(y, s.d), overlap);
 }

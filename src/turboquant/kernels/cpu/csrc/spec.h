@@ -24,6 +24,7 @@ struct Spec {
   float norm;              // block^-1/2
   float s_steps, row_steps;  // steps per octave of key_log_s and of the log scales
   int trials;
+  float tie;               // factor by which a later trial must fit better
   float trial[16];         // trial scales of a row, in units of its RMS
   float decay_old, decay_new, blend_old, blend_new;
   float signs[MAX_D];
