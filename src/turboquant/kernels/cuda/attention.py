@@ -1,0 +1,198 @@
+"""cache_attention for decode and verify steps on NVIDIA GPUs: one launch over packed pages, ring and chunk, one merge.
+
+Every size and offset comes from PageLayout and every table from maths/; the CUDA sources in csrc/ know none. Rows are
+independent: a row has the same bits alone and among the other rows of a verify step, as long as the work is cut in the
+same places, which depends on the lengths in steps of 8 pages and of a sixteenth.
+"""
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from turboquant.kernels.cuda import nvrtc
+from turboquant.maths.codec import ROW_STEPS, S_STEPS, int8_levels
+from turboquant.maths.rotation import hadamard_block, signs
+from turboquant.packed.buffers import CacheBuffers
+from turboquant.packed.page import PageLayout
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+PAGE = 64
+MAX_HOT = 16
+MAX_ROWS = 128  # query rows of a KV head: heads of its group times tokens of the chunk
+MAX_SLOTS = 1024  # of the ring
+MAX_TOKENS = 8  # of the chunk
+WARPS = 16  # of a multiprocessor that share the work; a block has all, half, or as many as shared memory holds
+BUFFERS = 2  # half pages that a warp has in flight
+PAGE_UNITS = 4  # cost of a page, in tiles of 16-bit tokens
+TILE_TOKENS = 16  # of the 16-bit part of a sequence, one item of work
+LOG2E = 1.4426950408889634
+
+
+def supports(
+    op: str, layout: PageLayout | None, device: torch.device, tokens: int = 1, masked: bool = False
+) -> str | None:
+    """None if the op can run on a chunk of `tokens`, else why not."""
+    if device.type != "cuda":
+        return f"cuda: tensors are on {device.type}"
+    if op != "cache_attention":
+        return f"cuda has no {op}"
+    if masked or tokens > MAX_TOKENS:
+        return f"cuda: only for chunks of up to {MAX_TOKENS} tokens without padding or mask"
+    if layout is not None:
+        kv, d = layout.kv, layout.head_dim
+        if kv.codec != "live" or kv.page != PAGE or layout.hot > MAX_HOT or d not in HEAD_DIMS:
+            return f"cuda: only for live recipes with pages of {PAGE}, head_dim of {HEAD_DIMS}, up to {MAX_HOT} hot channels"
+        if tokens > kv.ring_slots - kv.ring + 1:
+            return f"cuda: a chunk of {tokens} tokens would overwrite ring slots that its first row reads"
+        if kv.ring_slots > MAX_SLOTS:
+            return f"cuda: only for rings of up to {MAX_SLOTS} slots"
+        if d == 80 and 3 in (kv.key_bits, kv.value_bits):
+            return "cuda: not for 3 bits at head_dim 80"
+    return nvrtc.missing()
+
+
+class _Call(ctypes.Structure):  # mirrors `Call` of csrc/state.cuh
+    _fields_ = [
+        *[(n, ctypes.c_void_p) for n in ("pages", "table", "length", "ring_k", "ring_v", "sink_k", "sink_v")],
+        *[(n, ctypes.c_void_p) for n in ("q", "k", "v", "sink_logits", "out", "part", "top", "plan")],
+        *[(f"{t}_{s}", ctypes.c_longlong) for t in "qkv" for s in "bhn"],
+        *[(n, ctypes.c_int) for n in ("pool", "width", "batch", "heads", "group", "tokens", "ring", "slots", "sinks")],
+        *[(n, ctypes.c_int) for n in ("window", "exact", "warps")],
+        *[(n, ctypes.c_float) for n in ("scale", "cap")],
+    ]
+
+
+def tiles_of(layout: PageLayout, rows: int) -> tuple[int, int]:
+    """(rows of a tile, tiles) of a work item for `rows` query rows of a KV head; more rows are more items."""
+    if layout.head_dim > 128:
+        return 8, 1
+    if rows <= 4 and layout.hot <= 4:
+        return 4, 1
+    return 8, 1 if rows <= 8 else 2
+
+
+def half_bytes(layout: PageLayout, rows: int) -> int:
+    """Bytes of a buffer: half a page, or 16 rows of the ring; all of a warp's together hold its partial result."""
+    d, half = layout.head_dim, layout.key_bytes
+    return max(half, layout.page_bytes - half, 2 * TILE_TOKENS * d, 4 * rows * d // BUFFERS)
+
+
+def scratch_bytes(layout: PageLayout, rows: int) -> int:
+    """Shared memory of a warp: `Scratch` of csrc/packed.cuh."""
+    d, half = layout.head_dim, half_bytes(layout, rows)
+    words = max(1, -(-layout.hot // 4))
+    steps = -(-d // 32)
+    row = 64 * (steps + (steps + 1) % 2) + 2 * 16 + 16
+    size = BUFFERS * half + 8 * d + 8 * PAGE + 4 * PAGE * words + row * rows + 8 * BUFFERS
+    return -(-size // 16) * 16
+
+
+def _words(table: list[int]) -> list[str]:
+    return [hex(sum(b << 8 * i for i, b in enumerate(table[at : at + 4]))) + "u" for at in range(0, len(table), 4)]
+
+
+def config(
+    layout: PageLayout, dtype: torch.dtype, rows_of_tile: int, tiles: int, warps: int, group: int, many: bool, cap: bool
+) -> str:
+    """config.cuh: what the sources need to know about the recipe, the model and the launch."""
+    kv, d, f = layout.kv, layout.head_dim, layout.fields
+    at = lambda name: f[name].offset if name in f else 0  # noqa: E731
+    four = int8_levels(4)[0]
+    numbers: dict[str, object] = {
+        "D": d, "KEY_BITS": kv.key_bits, "VALUE_BITS": kv.value_bits, "HOT": layout.hot, "BLOCK": hadamard_block(d),
+        "BF16": int(dtype == torch.bfloat16), "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps, "GROUP": group, "BUFFERS": BUFFERS, "PAGE_UNITS": PAGE_UNITS, "MANY": int(many), "CAP": int(cap),
+        "PAGE_BYTES": layout.page_bytes, "VALUE_PART": layout.key_bytes, "S_STEPS": S_STEPS, "ROW_STEPS": ROW_STEPS,
+        "SCRATCH_BYTES": scratch_bytes(layout, rows_of_tile * tiles), "HALF": half_bytes(layout, rows_of_tile * tiles),
+        "AT_MEAN": at("key_mean_code"), "AT_LOG_S": at("key_log_s"), "AT_KEY_SCALE": at("key_log_scale"),
+        "AT_HOT_MEAN": at("key_hot_mean"), "AT_HOT_STEP": at("key_hot_step"), "AT_KEY_BASE": at("key_base"),
+        "AT_MEAN_STEP": at("key_mean_step"), "AT_VALUE_BASE": at("value_base"), "AT_HOT_INDEX": at("key_hot_index"),
+        "AT_HOT_CODES": at("key_hot_codes"), "AT_KEY_CODES": at("key_codes"), "AT_VALUE_SCALE": at("value_log_scale"),
+        "AT_VALUE_CODES": at("value_codes"),
+        "KEY_UNIT": f"{int8_levels(kv.key_bits)[1]!r}f", "VALUE_UNIT": f"{int8_levels(kv.value_bits)[1]!r}f",
+        "NORM": f"{hadamard_block(d) ** -0.5!r}f",
+    }  # fmt: skip
+    tables = {"LEVELS4_UP": _words(list(four[8:])), "LEVELS4_DOWN": _words([-c for c in four[:8]])}
+    tables["LEVELS3_"] = _words([c + 128 for c in int8_levels(3)[0]])
+    for name, words in tables.items():
+        numbers |= {f"{name}{i}": w for i, w in enumerate(words)}
+    numbers["LEVELS2"] = _words([c + 128 for c in int8_levels(2)[0]])[0]
+    sign = [int(s > 0) for s in signs(d).tolist()]
+    bits = [hex(sum(b << i for i, b in enumerate(sign[at : at + 32]))) + "u" for at in range(0, d, 32)]
+    lines = ["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items())]
+    return "\n".join([*lines, f"__constant__ unsigned SIGN_BITS[{len(bits)}] = {{{', '.join(bits)}}};", ""])
+
+
+class _Kernel:
+    """The two kernels for one layout, dtype and number of rows on one device, and the launch that suits it."""
+
+    def __init__(
+        self, layout: PageLayout, dtype: torch.dtype, rows: int, many: bool, cap: bool, device: torch.device
+    ) -> None:
+        rows_of_tile, tiles = tiles_of(layout, rows)
+        self.rows = rows_of_tile * tiles
+        chip = torch.cuda.get_device_properties(device)
+        fit = lambda rows: (chip.shared_memory_per_block_optin - 1024) // scratch_bytes(layout, rows)  # noqa: E731
+        # work is cut, and sums are grouped, in the same way for any number of rows
+        group = next(g for g in (8, 4, 2, 1) if g <= fit(16))
+        most = WARPS if tiles == 1 and layout.head_dim <= 128 else WARPS // 2
+        self.block_warps = min(most, fit(self.rows)) // group * group
+        self.warps = WARPS * chip.multi_processor_count
+        self.blocks, self.shared = -(-self.warps // self.block_warps), self.block_warps * scratch_bytes(layout, self.rows)
+        source = config(layout, dtype, rows_of_tile, tiles, self.block_warps, group, many, cap)
+        self.attend, self.merge = nvrtc.functions("attention.cu", source, ("attend", "merge"), device, self.shared)
+
+
+@lru_cache(maxsize=256)
+def _kernel(layout: PageLayout, dtype: torch.dtype, rows: int, many: bool, cap: bool, device: torch.device) -> _Kernel:
+    return _Kernel(layout, dtype, rows, many, cap, device)
+
+
+def cache_attention(
+    buf: CacheBuffers,
+    layout: PageLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None = None,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """`reference.cache_attention` for what `supports` says; no host reads, so it can be captured in a CUDA graph."""
+    b, hq, n, d = q.shape
+    h = k.shape[1]
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype or buf.ring_k.dtype != q.dtype:
+        raise ValueError(
+            f"queries in {q.dtype}, keys in {k.dtype}, ring in {buf.ring_k.dtype}: all must be one of {DTYPES}"
+        )
+    kv, rows = layout.kv, hq // h * n
+    if rows > MAX_ROWS:
+        raise ValueError(f"{hq // h} query heads of a group times {n} tokens is more than {MAX_ROWS} rows")
+    kernel = _kernel(layout, q.dtype, rows, n > 1, softcap is not None, q.device)
+    q, k, v = (t if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 else t.contiguous() for t in (q, k, v))
+    blocks = -(-rows // kernel.rows)
+    slots = blocks * (kernel.warps + b * h)
+    out = torch.empty(b, hq, n, d, dtype=q.dtype, device=q.device)
+    floats = slots * 2 * kernel.rows  # of each of d + 2 numbers; the plan comes first
+    space = torch.empty(4 * (b + 1) + floats * (d + 2), dtype=torch.float32, device=q.device)
+    part = space.data_ptr() + 16 * (b + 1)
+    extra = None if sink_logits is None else sink_logits.float().contiguous()
+    call = _Call(
+        buf.pages.data_ptr(), buf.table.data_ptr(), buf.length.data_ptr(),
+        buf.ring_k.data_ptr(), buf.ring_v.data_ptr(), buf.sink_k.data_ptr(), buf.sink_v.data_ptr(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if extra is None else extra.data_ptr(), out.data_ptr(),
+        part, part + 4 * floats * d, space.data_ptr(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        buf.pages.shape[0], buf.table.shape[1], b, h, hq // h, n, kv.ring, kv.ring_slots, kv.sinks, window or 0,
+        -(-kv.ring_slots // TILE_TOKENS) - (-kv.sinks // TILE_TOKENS), kernel.warps,
+        (scaling or d**-0.5) * LOG2E, (softcap or 0.0) * LOG2E,
+    )  # fmt: skip
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    nvrtc.launch(kernel.attend, (kernel.blocks, blocks), kernel.block_warps * 32, kernel.shared, stream, call)
+    nvrtc.launch(kernel.merge, (b * hq * n, 1), -(-d // 32) * 32, 0, stream, call, after=True)
+    return out

@@ -1,0 +1,131 @@
+// A call, a warp's place in it, and the running softmax of its rows.
+#pragma once
+#include "warp.cuh"
+
+struct Call {  // mirrored by `_Call` in attention.py
+  const u8* pages;
+  const int* table;
+  const i64* length;
+  const u16 *ring_k, *ring_v, *sink_k, *sink_v, *q, *k, *v;
+  const float* sink_logits;
+  u16* out;
+  float *part, *top;  // (slots, 2, R, D) and (slots, 2, R, 2): weighted values; maximum and sum
+  i64* plan;          // (batch + 1, 2): items before a sequence, items of one of its KV heads; all items
+  i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
+  int pool, width, batch, heads, group, tokens, ring, slots, sinks, window, exact, warps;
+  float scale, cap;  // logits in powers of two
+};
+
+struct Span {  // a sequence's share of the work: a unit for each of c.exact tiles, PAGE_UNITS for each page from `first` on
+  i64 start;
+  int first, last, items;
+};
+DEVICE Span span_of(const Call& c, int b) {
+  const i64 start = c.length[b];
+  // rows of a chunk read pages up to the one that holds position t - ring
+  const i64 reach = start + c.tokens - 1 - c.ring;
+  i64 last = reach < 0 ? 0 : reach / P + 1;
+  last = min(min(last, start / P), i64(c.pool ? c.width : 0));
+  const i64 behind = c.window ? start - c.window + 1 : 0;
+  // in steps of eight pages and of a sixteenth: how work is cut into pieces rarely depends on the exact length
+  const int first = behind > 0 ? int(behind / P) & ~7 : 0;
+  int pages = last > first ? int(last) - first : 0;
+  const int grain = max(8, 1 << max(0, 28 - __clz(pages | 1)));
+  pages = (pages + grain - 1) / grain * grain;
+  return {start, first, int(last), c.exact + pages * PAGE_UNITS};
+}
+
+// Units of all sequences, in order of batch and head; the same for every block of rows. `before` counts those before b.
+struct Where {
+  int b;
+  i64 before, total;
+};
+// the sequence that holds unit x; one warp. `plan`: write the plan, for the merge
+DEVICE Where locate(const Call& c, i64 x, int lane, bool plan) {
+  Where w{0, 0, 0};
+  bool found = false;
+  for (int base = 0; base < c.batch; base += 32) {
+    const int b = base + lane, items = b < c.batch ? span_of(c, b).items : 0;
+    const i64 own = i64(items) * c.heads;
+    i64 upto = own;
+    for (int i = 1; i < 32; i <<= 1) {
+      const i64 other = __shfl_up_sync(~0u, upto, i);
+      if (lane >= i) upto += other;
+    }
+    if (plan && b < c.batch) c.plan[2 * b] = w.total + upto - own, c.plan[2 * b + 1] = items;
+    const u32 hit = __ballot_sync(~0u, w.total + upto > x);
+    if (!found && hit) {
+      const int at = __ffs(hit) - 1;
+      found = true, w.b = base + at;
+      w.before = w.total + __shfl_sync(~0u, upto - own, at);
+    }
+    w.total += __shfl_sync(~0u, upto, 31);
+  }
+  if (plan && lane == 0) c.plan[2 * c.batch] = w.total;
+  return {uniform(w.b), uniform(w.before), uniform(w.total)};
+}
+
+struct Rows {  // of one work item: the rows r of its tiles are the heads and tokens of one KV head
+  int b, h, block, used;
+  i64 start;
+};
+// row r, of R·block + r of the KV head; rows that are not there repeat the first one
+DEVICE i64 query_at(const Call& c, const Rows& w, int r) {
+  const int row = r < w.used ? w.block * R + r : w.block * R;
+  const int head = MANY ? row / c.tokens : row, n = MANY ? row % c.tokens : 0;
+  return w.b * c.q_b + (w.h * c.group + head) * c.q_h + n * c.q_n;
+}
+DEVICE i64 position(const Call& c, const Rows& w, int r) {
+  return MANY ? w.start + (r < w.used ? w.block * R + r : w.block * R) % c.tokens : w.start;
+}
+
+// octet of channels of accumulator column g of the i-th run of eight tiles
+DEVICE int value_octet(int i, int g) { return i * 8 + g; }
+// Rows of tile m: row g = lane/4 of the accumulators. out[m][8·i+n][e] is channel n of octet value_octet(i, 2·(lane%4)+e).
+struct Softmax {
+  float out[TILES][8 * NV][2];
+  float top[TILES], sum[TILES], excess[TILES];  // sum, and what all of `out` has too little: this lane's part
+  DEVICE void clear() {
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+      top[m] = NEG, sum[m] = excess[m] = 0;
+#pragma unroll
+      for (int i = 0; i < 8 * NV; i++) out[m][i][0] = out[m][i][1] = 0;
+    }
+  }
+  // a new maximum: rescale; returns the base that logits are measured from
+  DEVICE float raise(int m, float tile_top) {
+    const float now = fmaxf(top[m], tile_top), base = now == NEG ? 0.f : now;
+    const float old = exp2_(top[m] - base);
+    if (__any_sync(~0u, old != 1.f)) {
+#pragma unroll
+      for (int i = 0; i < 8 * NV; i++) out[m][i][0] *= old, out[m][i][1] *= old;
+    }
+    sum[m] *= old, excess[m] *= old, top[m] = now;
+    return base;
+  }
+  // (R, D) and (R, 2); packed: columns are in the order of the values' nibbles
+  DEVICE void write(const Rows& w, float* part, float* tops, bool packed, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+      const float total = sum4(sum[m]), more = sum4(excess[m]);
+      const int r = m * ROWS + g;
+      if (g >= ROWS || r >= w.used) continue;
+      if (t == 0) *(float2*)(tops + r * 2) = make_float2(top[m], total);
+#pragma unroll
+      for (int i = 0; i < NV; i++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int octet = value_octet(i, 2 * t + e);
+          if (octet >= OCTETS) continue;
+          float* to = part + r * D + octet * 8;
+#pragma unroll
+          for (int n = 0; n < 8; n++) to[channel(packed ? VALUE_BITS : 4, n)] = out[m][8 * i + n][e] + more;
+        }
+      }
+    }
+  }
+};
+
+DEVICE float capped(const Call& c, float x) { return CAP ? c.cap * tanhf(x / c.cap) : x; }

@@ -1,0 +1,176 @@
+// What one warp needs: PTX in functions, the macros' derived sizes, copies into shared memory, levels from codes.
+#pragma once
+#include "config.cuh"
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+#define DEVICE __device__ __forceinline__
+
+// config.cuh, written by attention.py: D, KEY_BITS, VALUE_BITS, HOT, BLOCK (of the rotation), BF16, ROWS (of a tile, 4 or
+// 8), TILES, WARPS, BUFFERS, PAGE_BYTES, VALUE_PART, AT_… offsets of the page, units and tables of levels, SIGN_BITS.
+constexpr int P = 64;                                  // tokens of a page
+constexpr int NT = P / 8, KC = P / 32;                 // token tiles of 8, chunks of 32
+constexpr int OCTETS = D / 8;                          // groups of 8 channels
+constexpr int KS = (D + 31) / 32;                      // steps of 32 channels; a lane of four holds an octet of each
+constexpr int NV = (D + 63) / 64;                      // octets of a row's 8 lanes
+constexpr int KEY_ROW = D * KEY_BITS / 8, VALUE_ROW = D * VALUE_BITS / 8;
+constexpr int LANES = 32 / ROWS, NB = D / BLOCK, RUN = BLOCK / LANES, E = D / LANES;  // the rotation: lanes of a row
+constexpr int R = ROWS * TILES;                        // query rows of a work item
+constexpr int QW = KS * 16 + (KS % 2 ? 0 : 16);          // words of a row of the quantized query; rows half a bank line apart
+constexpr int HW = (HOT + 3) / 4 ? (HOT + 3) / 4 : 1;  // words of hot codes of a token
+constexpr float TOP = 32512.f;                         // 127·256: the largest 16-bit number whose bytes are hi·256 + lo
+constexpr float MAGIC = 12583040.f;                    // 1.5·2^23 + 128: adding it leaves round(x) + 128 in the low bits
+#define NEG __int_as_float(0xff800000)
+
+DEVICE u32 prmt(u32 a, u32 b, u32 s) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s));
+  return d;
+}
+DEVICE float exp2_(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// the second kernel starts while the first one ends, and waits here for its results
+DEVICE void wait_for_attend() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+template <class T> DEVICE T uniform(T x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that lanes agree
+DEVICE float reciprocal(float x) {  // 0 for what is too small to be told from 0
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return x > 1e-30f ? y : 0.f;
+}
+DEVICE float max4(float x) {  // over the four lanes of a row of an accumulator
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+template <class T> DEVICE T sum4(T x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+// c (16×8 int) += a (16×32 int8) · b (32×8), b unsigned or signed bytes; the first product of a sum ignores c
+DEVICE void mma_u8(int c[4], const u32 a[4], u32 b0, u32 b1, bool first) {
+#define MMA(TYPE) "mma.sync.aligned.m16n8k32.row.col.s32.s8." TYPE ".s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
+#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)
+  if (first)
+    asm(MMA("u8") "{%10,%10,%10,%10};" : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : OPERANDS, "r"(0));
+  else
+    asm(MMA("u8") "{%0,%1,%2,%3};" : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : OPERANDS);
+}
+DEVICE void mma_s8(int c[4], const u32 a[2], u32 b0) {  // with the upper 16 rows of b zero
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%7,%7,%7,%7};"
+      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0), "r"(0));
+}
+// c (16×8 fp32) += a (16×16) · b (16×8), 16-bit floats
+DEVICE void mma_16(float c[4], const u32 a[4], u32 b0, u32 b1) {
+#if BF16
+#define TYPES "f32.bf16.bf16.f32"
+#else
+#define TYPES "f32.f16.f16.f32"
+#endif
+  asm("mma.sync.aligned.m16n8k16.row.col." TYPES " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DEVICE u32 two_16(float lo, float hi) {  // a pair in the model's dtype
+  u32 d;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+#endif
+  return d;
+}
+DEVICE float half_(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+DEVICE float wide(u16 x) {  // the model's dtype to fp32
+#if BF16
+  return __uint_as_float(u32(x) << 16);
+#else
+  return half_(x);
+#endif
+}
+DEVICE float wide_low(u32 pair) { return BF16 ? __uint_as_float(pair << 16) : wide(u16(pair)); }
+DEVICE float wide_high(u32 pair) { return BF16 ? __uint_as_float(pair & 0xFFFF0000u) : wide(u16(pair >> 16)); }
+
+// ---- copies of 16-byte multiples from global to shared memory, in order; `wait` returns when the n-th has come
+DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+#if __CUDA_ARCH__ >= 900
+DEVICE void copies_init(i64* bars, int lane) {
+  if (lane < BUFFERS) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(bars + lane)));
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncwarp();
+}
+DEVICE void copy(void* to, const void* from, int bytes, i64* bar, int lane) {
+  if (lane == 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(bar))
+                 : "memory");
+  }
+}
+DEVICE void no_copy() {}
+DEVICE void wait(i64* bar, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(
+          shared_address(bar)),
+      "r"(phase)
+      : "memory");
+}
+#else
+DEVICE void copies_init(i64*, int) {}
+DEVICE void copy(void* to, const void* from, int bytes, i64*, int lane) {
+  for (int i = lane * 16; i < bytes; i += 512)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address((u8*)to + i)),
+                 "l"((const u8*)from + i));
+  asm volatile("cp.async.commit_group;");
+}
+DEVICE void no_copy() { asm volatile("cp.async.commit_group;"); }
+DEVICE void wait(i64*, u32) {
+  asm volatile("cp.async.wait_group %0;" ::"n"(BUFFERS - 1) : "memory");
+  __syncwarp();
+}
+#endif
+
+// ---- codes to levels: every level is an int8 times a unit, and comes as the byte level + 128
+struct Tables {  // of four bits, in registers: `zero` is 0, which the compiler must not know
+  u32 up0, up1, down0, down1;
+  DEVICE explicit Tables(u32 zero)
+      : up0(LEVELS4_UP0 ^ zero), up1(LEVELS4_UP1 ^ zero), down0(LEVELS4_DOWN0 ^ zero), down1(LEVELS4_DOWN1 ^ zero) {}
+  template <int BITS> DEVICE u32 levels4(u32 codes) const {  // of four codes, in the nibbles of the low 16 bits
+    if constexpr (BITS == 4) {
+      // prmt repeats a byte's sign where the selector's top bit is set: 0 for these tables, so each covers one half
+      return prmt(up0, up1, codes ^ 0x8888u) + 0x80808080u - prmt(down0, down1, codes);
+    } else if constexpr (BITS == 3) {
+      return prmt(LEVELS3_0, LEVELS3_1, codes);
+    } else {
+      return prmt(LEVELS2, LEVELS2, codes);
+    }
+  }
+};
+__host__ __device__ constexpr int channel(int bits, int i) { return bits == 2 ? (i < 4 ? 2 * i : 2 * i - 7) : i; }  // of an octet's nibble
+// an octet's codes as nibbles, nibble i being channel(BITS, i); up to 4 bits
+template <int BITS> DEVICE u32 nibbles(const u8* row, int octet) {
+  if constexpr (BITS == 4) return *(const u32*)(row + 4 * octet);
+  if constexpr (BITS == 3) {
+    const u8* at = row + 3 * octet;
+    u32 w = at[0] | u32(at[1]) << 8 | u32(at[2]) << 16;
+    w = (w & 0xFFFu) | (w & 0xFFF000u) << 4;
+    w = (w & 0x003F003Fu) | (w & 0x0FC00FC0u) << 2;
+    return (w & 0x07070707u) | (w & 0x38383838u) << 1;
+  }
+  const u32 w = *(const u16*)(row + 2 * octet);
+  return (w & 0x3333u) | (w & 0xCCCCu) << 14;
+}
+DEVICE u32 lop_mix(u32 a, u32 b, u32 mask) { return (a & mask) | (b & ~mask); }

@@ -1,0 +1,184 @@
+"""The CUDA decode attention against the reference on the same buffers. Needs a GPU, but for the sources' own check."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from turboquant.kernels import reference
+from turboquant.kernels.cuda import attention as cuda
+from turboquant.kernels.cuda import nvrtc
+from turboquant.layers.cache import LayerCache
+from turboquant.packed.page import PageLayout
+from turboquant.recipe import parse_recipe
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and a chunk: `lengths` tokens stand in the cache, `n` more come."""
+
+    recipe: str = "kv4"
+    d: int = 128
+    hq: int = 8
+    h: int = 2
+    n: int = 1
+    lengths: tuple[int, ...] = (700, 333)
+    window: int | None = None
+    softcap: float | None = None
+    extra: bool = False
+    scaling: float | None = None
+    dtype: torch.dtype = BF16
+
+
+CASES = [
+    *(Case(d=d, dtype=t) for d in cuda.HEAD_DIMS for t in (BF16, F16)),
+    *(Case(recipe=r, d=d) for r in ("k4v3", "kv3", "kv2", "kv8") for d in (64, 128, 256)),
+    *(Case(recipe=r, d=96) for r in ("kv3", "kv2", "kv8")),
+    *(Case(recipe=r, d=80) for r in ("kv2", "kv8")),
+    *(Case(hq=2 * g) for g in (1, 3, 5, 7, 8, 9, 16)),
+    *(Case(n=n, hq=hq) for n in (2, 3, 5, 8) for hq in (2, 8, 32)),
+    *(Case(d=d, n=8, hq=14) for d in cuda.HEAD_DIMS),
+    Case(d=64, hq=14, n=4, dtype=F16),
+    Case(lengths=(0, 1, 63, 64, 65, 127, 128)),
+    Case(lengths=(0, 1, 63, 64, 65, 127, 128), n=3),
+    Case(lengths=(191, 192, 193, 195, 196, 255, 256, 319), n=4),
+    Case(lengths=(3000, 5, 129)),
+    Case(lengths=tuple(range(40, 2000, 47)), hq=4, h=1, d=64),
+    *(Case(window=w, n=n) for w in (1, 50, 128, 130, 300, 650) for n in (1, 4)),
+    Case(softcap=3.0),
+    Case(softcap=5.0, extra=True, window=300, scaling=0.3, n=3),
+    Case(extra=True, hq=32, dtype=F16),
+    Case(extra=True, lengths=(0, 0)),
+    Case(recipe="kv4:ring=0,sinks=0,rewind=0"),
+    Case(recipe="kv4:ring=1,sinks=0,rewind=3", n=2),
+    Case(recipe="kv4:ring=300,sinks=40", n=2),
+    Case(recipe="kv4:hot=0"),
+    Case(recipe="kv4:hot=13", hq=6),
+    Case(recipe="kv4:hot=16", d=64, n=2),
+]
+
+
+def filled(case: Case, tokens) -> tuple[LayerCache, list[torch.Tensor]]:
+    """A cache with the tokens of `lengths`, and the next chunk."""
+    longest = max(case.lengths)
+    some = [tokens(case.hq, case.h, longest + case.n, case.d, seed=i) for i in range(len(case.lengths))]
+    q, k, v = (torch.stack(x).cuda().to(case.dtype) for x in zip(*some, strict=True))
+    cache = LayerCache(parse_recipe(case.recipe).kv, case.window)
+    if longest:
+        valid = torch.arange(longest)[None] < torch.tensor(case.lengths)[:, None]
+        cache.step(q[:, :, :longest], k[:, :, :longest], v[:, :, :longest], valid=valid.cuda())
+    else:
+        cache._start(k)
+    return cache, [x[:, :, longest:] for x in (q, k, v)]
+
+
+def options(case: Case) -> dict:
+    extra = torch.linspace(-1, 2, case.hq, device="cuda") if case.extra else None
+    return dict(scaling=case.scaling, window=case.window, softcap=case.softcap, sink_logits=extra)
+
+
+class Gather(reference._Softmax):
+    """Collects what the reference attends to, and answers as plain torch would in the dtype `coarse`."""
+
+    coarse = BF16
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.parts = []
+
+    def add(self, k, v, see) -> None:
+        self.parts.append((k, torch.where(v.isfinite(), v, 0.0), see))
+
+    def result(self):
+        k, v, see = (torch.cat(x, dim) for x, dim in zip(zip(*self.parts, strict=True), (2, 2, 2), strict=True))
+        k, v, q = (
+            torch.where(see.any(1)[:, None, :, None], k, 0.0).to(self.coarse),
+            v.to(self.coarse),
+            self.q.to(self.coarse),
+        )
+        logits = torch.einsum("bhgnd,bhmd->bhgnm", q, k).float() * self.scaling
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        logits = logits.masked_fill(~see[:, None, None], -torch.inf)
+        sink = torch.where(self.sum > 0, self.top, -torch.inf).unsqueeze(-1)
+        p = torch.softmax(torch.cat([logits, sink], -1), -1)[..., :-1].nan_to_num(0.0)
+        return torch.einsum("bhgnm,bhmd->bhgnd", p.to(self.coarse), v).float()
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_output_is_within_twice_the_error_of_plain_torch(case, tokens, monkeypatch):
+    cache, (q, k, v) = filled(case, tokens)
+    args = (cache.buf, cache.layout)
+    got = cuda.cache_attention(*args, q, k, v, **options(case))
+    truth = reference.cache_attention(*args, q.float(), k, v, **options(case))
+    monkeypatch.setattr(Gather, "coarse", case.dtype)
+    monkeypatch.setattr(reference, "_Softmax", Gather)
+    coarse = reference.cache_attention(*args, q.float(), k, v, **options(case))
+    mine, theirs = rms(got.float() - truth), rms(coarse - truth)
+    floor = torch.finfo(case.dtype).eps * rms(truth) / 4
+    assert mine <= 2 * max(theirs, floor), (mine, theirs, rms(truth))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "case", [Case(n=5), Case(n=8, hq=32), Case(n=3, hq=2, d=64, lengths=(250, 190)), Case(n=4, window=300)]
+)
+def test_rows_of_a_verify_step_have_the_bits_of_single_steps(case, tokens):
+    cache, (q, k, v) = filled(case, tokens)
+    together = cuda.cache_attention(cache.buf, cache.layout, q, k, v, **options(case))
+    for i in range(case.n):
+        qi, ki, vi = (x[:, :, i : i + 1] for x in (q, k, v))
+        alone = cuda.cache_attention(cache.buf, cache.layout, qi, ki, vi, **options(case))
+        assert torch.equal(alone, together[:, :, i : i + 1]), i
+        cache._reserve([1] * len(case.lengths))
+        reference.cache_append(cache.buf, cache.layout, qi, ki, vi, None)
+        cache.lengths = [n + 1 for n in cache.lengths]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_value_that_is_not_finite_reaches_only_its_readers(n, tokens):
+    case = Case(n=n, lengths=(300, 300))
+    cache, (q, k, v) = filled(case, tokens)
+    clean = cuda.cache_attention(cache.buf, cache.layout, q, k, v)
+    v = v.clone()
+    v[0, 1, n - 1, 5] = torch.nan
+    got = cuda.cache_attention(cache.buf, cache.layout, q, k, v)
+    hit = torch.zeros_like(got, dtype=torch.bool)
+    hit[0, 4:, n - 1] = True  # rows of the KV head that read the last token
+    assert got[0, 4:, n - 1, 5].isnan().all()
+    # the readers' other channels and the others' sums run in another order there: one rounding apart
+    eps = torch.finfo(got.dtype).eps
+    hit[..., :5] = hit[..., 6:] = False
+    assert torch.allclose(got[~hit].float(), clean[~hit].float(), rtol=2 * eps, atol=eps * rms(clean))
+
+
+@pytest.mark.cuda
+def test_it_runs_in_a_cuda_graph(tokens):
+    case = Case(n=1, lengths=(500, 90))
+    cache, (q, k, v) = filled(case, tokens)
+    want = cuda.cache_attention(cache.buf, cache.layout, q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = cuda.cache_attention(cache.buf, cache.layout, q, k, v)
+    got.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+@pytest.mark.parametrize("d, rows", [(64, 7), (128, 4), (128, 32), (256, 8)])
+def test_the_sources_compile(d, rows, arch):
+    if reason := nvrtc.missing():
+        pytest.skip(reason)
+
+    layout = PageLayout(parse_recipe("kv4").kv, d)
+    source = cuda.config(layout, BF16, *cuda.tiles_of(layout, rows), 4, 4, rows == 32, rows == 7)
+    assert nvrtc.compile_source("attention.cu", source, arch)[:4] == b"\x7fELF"
