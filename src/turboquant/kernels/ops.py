@@ -23,6 +23,7 @@ from turboquant.recipe import parse_recipe
 OPS = ("cache_append", "cache_attention")
 BACKENDS = ("triton", "reference")  # in order of preference
 OPTIONAL = ("cpu",)  # never chosen by "auto"
+INTERPRETED = {"triton": "cpu"}  # device type on which a backend is an interpreter, which "auto" does not choose either
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
 
 
@@ -48,6 +49,8 @@ def choose(op: str, layout: PageLayout | None, device: torch.device) -> tuple[st
     reasons: list[str] = []
     for name in BACKENDS if forced == "auto" else (forced,):
         why = _refusal(name, op, layout, device)
+        if why is None and forced == "auto" and INTERPRETED.get(name) == device.type:
+            why = f"{name}: its interpreter runs only with use_backend({name!r})"
         if why is None:
             return name, "; ".join(reasons) or ("asked for" if forced != "auto" else "first choice")
         reasons.append(why)
