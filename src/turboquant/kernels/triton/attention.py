@@ -73,8 +73,8 @@ def _attend(
     CHUNK: tl.constexpr, DIRECT: tl.constexpr, NIBBLES: tl.constexpr, CT: tl.constexpr, ET: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    split, tile, b = tl.program_id(0), tl.program_id(1) // H, tl.program_id(2)
-    h = tl.program_id(1) % H
+    tile, h = tl.program_id(0) // H, tl.program_id(0) % H
+    split, b = tl.program_id(1), tl.program_id(2)
     m, c, half = tl.arange(0, M), tl.arange(0, L.DP), tl.arange(0, L.DP // 2)
     r = tile * M + m
     inside = r < G * n
@@ -364,7 +364,7 @@ def generic(
     sums = torch.empty(*parts, s.DP, dtype=torch.float32, device=device)
     tops, totals = (torch.empty(parts, dtype=torch.float32, device=device) for _ in range(2))
     logits = tops if sink_logits is None else sink_logits.contiguous()
-    _attend[(splits, tiles * h, b)](
+    _attend[(tiles * h, splits, b)](
         q, k, v, where, where if mask is None else mask, buf.pages, buf.table, buf.length, buf.ring_k, buf.ring_v,
         buf.sink_k, buf.sink_v, tab, matrix, logits, out, sums, tops, totals, n, width, partial or 0, stride, tiles,
         float(scaling or d**-0.5), float(softcap or 0.0), window or 0,
