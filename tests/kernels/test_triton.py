@@ -36,7 +36,7 @@ SPECS = [
     ("kv4", 64, 2, 1, BF, None, None, False),
 ]
 # tokens per step of two sequences: prompts, decoding, a sequence that rests, a chunk over several pages
-SCHEDULE = [(37, 20), (1, 1), (1, 0), (5, 3), (0, 30), (8, 8), (1, 1), (44, 40)]
+SCHEDULE = [(21, 14), (1, 1), (1, 0), (5, 3), (0, 18), (8, 8), (1, 1), (20, 20)]
 
 
 def equal_but_for_ties(layout: PageLayout, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -66,10 +66,10 @@ def equal_but_for_ties(layout: PageLayout, got: torch.Tensor, want: torch.Tensor
 def test_against_oracle(recipe, d, hq, h, dtype, window, softcap, extra, oracle, run, tokens, close):
     kv = parse_recipe(recipe).kv
     options = dict(scaling=None, softcap=softcap, sink_logits=torch.linspace(-1, 2, hq) if extra else None)
-    length = 2 * kv.page + 70
+    length = 2 * kv.page + 40
     r = run(LayerCache(kv, window), [tokens(hq, h, length, d, dtype, seed) for seed in range(2)], **options)
     with ops.use_backend("triton"):
-        for at, counts in enumerate([*SCHEDULE, *([(60, 80)] if kv.page > 16 else [])]):
+        for at, counts in enumerate([*SCHEDULE, *([(75, 75)] if kv.page > 16 else [])]):
             counts = [min(c, length - a) for c, a in zip(counts, r.at, strict=True)]
             r.step(counts, left=at % 2 == 0, row_exact=at == 7 and kv.chunk > 4, masked=at in (3, 4))
     assert r.cache.lengths == r.at == r.cache.buf.length.tolist() and min(r.at) >= 2 * kv.page
