@@ -36,7 +36,7 @@ help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
 	@echo "make test         every check and test (CPU, about ten minutes)"
 	@echo "make check        lint, format, types, import contract, tests/test_tiny.py (under a minute)"
-	@echo "make test-triton  the Triton kernels in Triton's interpreter (part of make test, three minutes)"
+	@echo "make test-triton  the Triton kernels in Triton's interpreter (part of make test, two minutes)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
 	@echo "make sanitize     the native CPU module under the address and undefined-behaviour sanitizers"
 	@echo "make clean        remove the environments, caches and the demo's report"
@@ -47,7 +47,7 @@ demo: $(VENV)/.stamp-demo
 
 test: check
 	$(VENV)/bin/python -m pytest -q --durations=10 $(PYTEST_ARGS)
-	$(MAKE) test-triton
+	$(if $(PYTEST_ARGS),@echo "[test-triton] not part of a narrowed run",$(MAKE) test-triton)
 
 test-triton: $(if $(HAS_TRITON),$(TRITON)/.stamp)
 ifneq ($(HAS_TRITON),)
