@@ -15,21 +15,28 @@ SHELL         := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 # The demo and the tests read what is installed and bundled; no model is fetched behind the user's back.
-demo test test-oldest check: export HF_HUB_OFFLINE := 1
+demo test test-oldest test-triton check: export HF_HUB_OFFLINE := 1
 # Waiting threads sleep instead of spinning: on a machine with other work, torch is several times faster so.
 export OMP_WAIT_POLICY := PASSIVE
 
 VENV          := .venv
 OLDEST        := .venv-oldest
+TRITON        := $(VENV)/triton
+# The kernels run in the interpreter of the Triton that GPUs are tested with, which no newer numpy can work with, in a
+# folder of its own: torch brings another Triton along, or none.
+TRITON_PINS   := triton==3.6.0 numpy==2.2.6
 NATIVE        := CMakeLists.txt $(wildcard src/turboquant/kernels/cpu/csrc/*)
 PINS          := pyproject.toml constraints.txt $(NATIVE)
 
-.PHONY: help demo test check test-oldest sanitize clean
+HAS_TRITON    := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
+
+.PHONY: help demo test check test-triton test-oldest sanitize clean
 
 help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
 	@echo "make test         every check and test (CPU, about ten minutes)"
 	@echo "make check        lint, format, types, import contract, tests/test_tiny.py (under a minute)"
+	@echo "make test-triton  the Triton kernels in Triton's interpreter (part of make test, two minutes)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
 	@echo "make sanitize     the native CPU module under the address and undefined-behaviour sanitizers"
 	@echo "make clean        remove the environments, caches and the demo's report"
@@ -40,6 +47,14 @@ demo: $(VENV)/.stamp-demo
 
 test: check
 	$(VENV)/bin/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),@echo "[test-triton] not part of a narrowed run",$(MAKE) test-triton)
+
+test-triton: $(if $(HAS_TRITON),$(TRITON)/.stamp)
+ifneq ($(HAS_TRITON),)
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q --durations=5 tests/kernels/test_triton.py
+else
+	@echo "[test-triton] Triton has no wheels for $$(uname -sm): its tests did not run"
+endif
 
 check: $(VENV)/.stamp-test
 	$(VENV)/bin/ruff check --quiet .
@@ -99,6 +114,11 @@ $(VENV)/.stamp-demo: $(PINS) | $(VENV)/bin/pip
 $(VENV)/.stamp-test: $(PINS) | $(VENV)/bin/pip
 	$(call install,$(VENV),constraints.txt,gguf$(comma)test$(comma)dev)
 	@touch $(VENV)/.stamp-demo
+
+$(TRITON)/.stamp: Makefile | $(VENV)/.stamp-test
+	@echo "[$(TRITON)] $(TRITON_PINS)"
+	@$(VENV)/bin/python -m pip install -qq --upgrade --no-deps --target $(TRITON) $(TRITON_PINS)
+	@touch $@
 
 $(OLDEST)/.stamp-test: $(PINS) $(OLDEST)/constraints.txt
 	$(call install,$(OLDEST),$(OLDEST)/constraints.txt,gguf$(comma)test)

@@ -36,6 +36,8 @@ class Spec:
 
 
 SMALL = "page=16,ring=24,sinks=3,rewind=8"
+CPU = torch.device("cpu")
+HERE = [b for b in ops.BACKENDS if not any(ops._refusal(b, op, None, CPU) for op in ops.OPS)]  # run on this machine
 SPECS = [
     *(Spec(f"{r}:{SMALL}") for r in (*EXAMPLES, "plain8")),
     *(Spec(f"kv4:{SMALL}", d=d) for d in (16, 80, 96, 128, 256)),
@@ -75,7 +77,7 @@ def layer(spec: Spec):
     return LayerCache(kv, spec.window), kv, options
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_backend_against_oracle(spec, backend, oracle, run, tokens, close):
     cache, kv, options = layer(spec)
@@ -120,7 +122,7 @@ def cases(draw):
     return kv, window, steps, draw(st.sampled_from([(1, 1), (2, 1), (4, 2)]))
 
 
-@pytest.mark.parametrize("backend", ops.BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases())
 def test_any_chunking_and_padding(backend, case, oracle, run, tokens, close):
@@ -179,6 +181,27 @@ def test_what_was_asked_for_runs_or_says_why_not(monkeypatch):
     monkeypatch.setattr(ops, "BACKENDS", ("reference",))
     with pytest.raises(ops.BackendError, match="no luck today"):
         ops.choose("cache_append", None, torch.device("cpu"))
+
+
+def test_under_compile_the_ops_are_kept_whole(tokens):
+    """No graph break, and the buffers are written as without torch.compile."""
+    start, step = [[t[None] for t in tokens(4, 2, n, 16, seed=n)] for n in (90, 3)]
+    caches = [LayerCache(parse_recipe(f"kv4:{SMALL}").kv) for _ in range(2)]
+    outs = []
+    for cache, compiled in zip(caches, (False, True), strict=True):
+        cache.step(*start)
+        cache._reserve([3])
+
+        def both(q, k, v, buf=cache.buf, layout=cache.layout):
+            out = ops.cache_attention(buf, layout, q, k, v, scaling=0.2)
+            ops.cache_append(buf, layout, q, k, v, None)
+            return out + 1
+
+        outs.append((torch.compile(both, fullgraph=True, backend="aot_eager") if compiled else both)(*step))
+    assert torch.equal(*outs)
+    a, b = (c.state()[0] for c in caches)
+    assert a.keys() == b.keys() and all(torch.equal(a[n].nan_to_num(7), b[n].nan_to_num(7)) for n in a)
+    assert a["length"].tolist() == [93]
 
 
 def test_use_backend_ends_with_its_context():

@@ -6,7 +6,7 @@ import torch
 from turboquant.integrations.transformers import TurboQuantCache, TurboQuantConfig, attach
 from turboquant.layers.cache import CacheError
 from turboquant.packed.page import PageLayout
-from turboquant.recipe import parse_recipe
+from turboquant.recipe import RecipeError, parse_recipe
 
 ALL = "kv2:page=16,ring=256,rewind=16"
 SMALL = "page=16,ring=24,sinks=2,rewind=16"
@@ -40,6 +40,19 @@ def test_beam_search_over_page_boundaries(name, tiny, prompt):
         logs = model(ids, attention_mask=mask, use_cache=False).logits[:, 39:-1].log_softmax(-1)
     exact = logs.gather(-1, ids[:, 40:, None]).sum((1, 2))
     torch.testing.assert_close(out.sequences_scores, exact, rtol=0.02, atol=0.2)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+def test_a_cache_of_fixed_capacity_generates_the_same(name, tiny, prompt):
+    model, recipe = tiny(name), f"kv4:{SMALL}"
+    fixed = TurboQuantCache(model, recipe, max_tokens=100)
+    want = greedy(model, prompt(), TurboQuantCache(model, recipe))
+    assert torch.equal(greedy(model, prompt(), fixed), want)
+    assert {c.cache.buf.table.shape for c in fixed.ours} == {(2, 6)}
+    with pytest.raises(CacheError, match="more than the cache's capacity of 60"):
+        greedy(model, prompt(), TurboQuantCache(model, recipe, max_tokens=60))
+    with pytest.raises(RecipeError, match="max_tokens=0"):
+        TurboQuantCache(model, recipe, max_tokens=0)
 
 
 def repetitive(prompt):

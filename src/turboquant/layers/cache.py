@@ -26,6 +26,10 @@ class LayerCache:
     Args:
         kv: the recipe.
         window: sliding window of the layer in tokens (a query reads itself and window-1 before), None for all.
+        capacity: None to grow as tokens come. A number reserves pages for so many tokens a sequence at the first step
+            ("static"): from then on a step without `valid` allocates nothing but its output and reads nothing back
+            from the device, so it can be captured in a CUDA graph (see `advance`). Pages behind a sliding window are
+            kept.
 
     Attributes:
         lengths: real tokens of each sequence (padding does not count).
@@ -35,8 +39,8 @@ class LayerCache:
     `_reach - slots` on, however often `crop` has gone back since.
     """
 
-    def __init__(self, kv: KVRecipe, window: int | None = None) -> None:
-        self.kv, self.window = kv, window
+    def __init__(self, kv: KVRecipe, window: int | None = None, capacity: int | None = None) -> None:
+        self.kv, self.window, self.capacity = kv, window, capacity
         self.reset()
 
     def reset(self) -> None:
@@ -54,8 +58,11 @@ class LayerCache:
     def _start(self, k: Tensor) -> None:
         b, h, _, d = k.shape
         self.layout = PageLayout(self.kv, d)
-        specs = CacheBuffers.specs(self.layout, b, h, k.dtype)
+        own = (self.capacity or 0) // self.kv.page  # pages reserved for each sequence, one after the other
+        specs = CacheBuffers.specs(self.layout, b, h, k.dtype, b * own, own)
         self.buf = CacheBuffers(**{n: torch.zeros(s, dtype=t, device=k.device) for n, (s, t) in specs.items()})
+        if own:
+            self.buf.table.copy_(torch.arange(b * own).view(b, own))
         self.lengths, self._reach, self._released = [0] * b, [0] * b, [0] * b
         self._pages, self._padding = [[] for _ in range(b)], [[] for _ in range(b)]
 
@@ -84,7 +91,7 @@ class LayerCache:
             (B, Hq, n, d) in q's dtype.
 
         Raises:
-            CacheError: shapes that do not fit the cache.
+            CacheError: shapes that do not fit the cache, or more tokens than its capacity.
         """
         self._check(q, k, v)
         if self.buf is None:
@@ -105,13 +112,32 @@ class LayerCache:
             counts = [ki.shape[2]] * len(self.lengths) if some is None else some.sum(1).tolist()
             self._reserve(counts)
             ops.cache_append(self.buf, self.layout, qi, ki, vi, some)
-            self.lengths = [a + c for a, c in zip(self.lengths, counts, strict=True)]
-            self._reach = [max(r, a) for r, a in zip(self._reach, self.lengths, strict=True)]
+            self._count(counts)
             if some is not None:
                 self._note_padding(some)
             self.columns += ki.shape[2]
             self._release()
         return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+    def _count(self, counts: list[int]) -> None:
+        self.lengths = [a + c for a, c in zip(self.lengths, counts, strict=True)]
+        self._reach = [max(r, a) for r, a in zip(self._reach, self.lengths, strict=True)]
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more in every sequence: a captured step has been replayed, which no code here sees.
+
+        During capture `step` counts its tokens, though the device has done nothing yet: `advance(-tokens)` undoes that.
+
+        Raises:
+            CacheError: the cache is not static, or empty, or its capacity is exceeded.
+        """
+        if self.capacity is None or self.buf is None:
+            raise CacheError("advance is for a static cache (capacity=...) that has seen a step")
+        self._reserve([tokens] * len(self.lengths))
+        self.lengths = [n + tokens for n in self.lengths]
+        self._reach = [max(r, n) if tokens > 0 else n for r, n in zip(self._reach, self.lengths, strict=True)]
+        self._pages = [p[: n // self.kv.page] for p, n in zip(self._pages, self.lengths, strict=True)]
+        self.columns += tokens
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         if k.shape != v.shape:
@@ -147,6 +173,14 @@ class LayerCache:
         """
         assert self.buf is not None
         buf, size = self.buf, self.kv.page
+        if self.capacity is not None:
+            longest = max(n + c for n, c in zip(self.lengths, counts, strict=True))
+            if longest > self.capacity:
+                raise CacheError(f"{longest} tokens are more than the cache's capacity of {self.capacity}")
+            own = self.capacity // size
+            for row, (n, c, pages) in enumerate(zip(self.lengths, counts, self._pages, strict=True)):
+                pages.extend(range(row * own + len(pages), row * own + (n + c) // size))
+            return
         wanted = []
         for n, c, pages in zip(self.lengths, counts, self._pages, strict=True):
             dead = self._out_of_window(n + c)
@@ -171,6 +205,8 @@ class LayerCache:
 
     def _release(self) -> None:
         """Free the pages behind the sliding window."""
+        if self.capacity is not None:
+            return
         gone = False
         for row, pages in enumerate(self._pages):
             dead = min(self._out_of_window(self.lengths[row]), len(pages))
@@ -182,6 +218,8 @@ class LayerCache:
 
     def _collect(self) -> None:
         assert self.buf is not None
+        if self.capacity is not None:
+            return
         used = {i for pages in self._pages for i in pages if i >= 0}
         self._free = [i for i in range(self.buf.pages.shape[0] - 1, -1, -1) if i not in used]
         self._write_table()
@@ -196,8 +234,14 @@ class LayerCache:
             setattr(self.buf, name, getattr(self.buf, name).index_select(0, index))
         self.lengths = [self.lengths[r] for r in rows]
         self._reach, self._released = [self._reach[r] for r in rows], [self._released[r] for r in rows]
-        self._pages = [list(self._pages[r]) for r in rows]
         self._padding = [[list(run) for run in self._padding[r]] for r in rows]
+        if self.capacity is not None:  # every sequence has pages of its own
+            own = self.capacity // self.kv.page
+            self.buf.pages = self.buf.pages.unflatten(0, self.buf.table.shape).index_select(0, index).flatten(0, 1)
+            self.buf.table = torch.arange(len(rows) * own, dtype=torch.int32, device=index.device).view(-1, own)
+            self._pages = [list(range(i * own, i * own + len(self._pages[r]))) for i, r in enumerate(rows)]
+            return
+        self._pages = [list(self._pages[r]) for r in rows]
         self._collect()
 
     def check_crop(self, columns: int) -> list[int]:
@@ -265,6 +309,8 @@ class LayerCache:
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, object]) -> None:
         """Inverse of `state`; the caller has checked names, shapes and dtypes."""
+        if self.capacity is not None:
+            raise CacheError("a saved cache is loaded into one that grows, not into one of fixed capacity")
         self.reset()
         if not tensors:
             return

@@ -56,8 +56,8 @@ class TurboQuantLayer(CacheLayerMixin):
         return self.cache.columns
 
     def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
+        """The capacity in tokens; -1 for no maximum."""
+        return -1 if self.cache.capacity is None else self.cache.capacity
 
     get_max_cache_shape = get_max_length
 
@@ -99,6 +99,8 @@ class TurboQuantCache(Cache):
         model: the transformers model that will use it. Its attention implementation is set to "turboquant", which
             computes ordinary attention whenever it is called without this cache.
         recipe: "kv4", "k4v3", "plain4", ...; see `turboquant.parse_recipe`.
+        max_tokens: reserve memory for so many tokens a sequence at the first step and never more, which decoding under
+            CUDA graphs needs (see `LayerCache`); None to grow as tokens come.
 
     Raises:
         RecipeError: an unknown recipe, or a head_dim or layer type that cannot be served.
@@ -108,8 +110,10 @@ class TurboQuantCache(Cache):
             measurements need; by default a prompt chunk reads itself in 16 bit.
     """
 
-    def __init__(self, model: Any, recipe: str | Recipe = "kv4") -> None:
+    def __init__(self, model: Any, recipe: str | Recipe = "kv4", max_tokens: int | None = None) -> None:
         self.recipe = parse_recipe(recipe)
+        if max_tokens is not None and max_tokens < 1:
+            raise RecipeError(f"max_tokens={max_tokens} is not allowed: it must be at least 1, or None")
         if self.recipe.kv is None:
             raise RecipeError(f"recipe {self.recipe.name!r} leaves the cache alone: name one with kv bits")
         config = model.config.get_text_config(decoder=True)
@@ -122,7 +126,7 @@ class TurboQuantCache(Cache):
             if kind in OURS:
                 PageLayout(self.recipe.kv, _head_dim(model, config, i))
                 window = kwargs["sliding_window"] if kind == "sliding_attention" else None
-                layers.append(TurboQuantLayer(LayerCache(self.recipe.kv, window), configs))
+                layers.append(TurboQuantLayer(LayerCache(self.recipe.kv, window, max_tokens), configs))
             elif kind in NOT_OURS:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
             else:
