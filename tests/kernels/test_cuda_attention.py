@@ -180,5 +180,5 @@ def test_the_sources_compile(d, rows, arch):
         pytest.skip(reason)
 
     layout = PageLayout(parse_recipe("kv4").kv, d)
-    source = cuda.config(layout, BF16, *cuda.tiles_of(layout, rows), 4, 4, rows == 32, rows == 7)
+    source = cuda.config(layout, BF16, *cuda.tiles_of(layout, rows, rows), 4, rows == 32, rows == 7)
     assert nvrtc.compile_source("attention.cu", source, arch)[:4] == b"\x7fELF"

@@ -24,9 +24,8 @@ MAX_HOT = 16
 MAX_ROWS = 128  # query rows of a KV head: heads of its group times tokens of the chunk
 MAX_SLOTS = 1024  # of the ring
 MAX_TOKENS = 8  # of the chunk
-WARPS = 16  # of a multiprocessor that share the work; a block has all, half, or as many as shared memory holds
+WARPS = 16  # of a block, one block a multiprocessor; half or fewer where registers or shared memory do not suffice
 BUFFERS = 2  # half pages that a warp has in flight
-PAGE_UNITS = 4  # cost of a page, in tiles of 16-bit tokens
 TILE_TOKENS = 16  # of the 16-bit part of a sequence, one item of work
 LOG2E = 1.4426950408889634
 
@@ -65,13 +64,14 @@ class _Call(ctypes.Structure):  # mirrors `Call` of csrc/state.cuh
     ]
 
 
-def tiles_of(layout: PageLayout, rows: int) -> tuple[int, int]:
-    """(rows of a tile, tiles) of a work item for `rows` query rows of a KV head; more rows are more items."""
-    if layout.head_dim > 128:
-        return 8, 1
-    if rows <= 4 and layout.hot <= 4:
-        return 4, 1
-    return 8, 1 if rows <= 8 else 2
+def tiles_of(layout: PageLayout, group: int, rows: int) -> tuple[int, int]:
+    """(rows of a tile, tiles) of a work item, for `rows` query rows of a KV head with `group` query heads.
+
+    More rows are more items. Only the group decides on the number of tiles, so that a verify step sums as single steps.
+    """
+    if layout.head_dim > 128 or group <= 8:
+        return 4 if rows <= 4 and layout.hot <= 4 and layout.head_dim <= 128 else 8, 1
+    return 8, 2
 
 
 def half_bytes(layout: PageLayout, rows: int) -> int:
@@ -95,7 +95,7 @@ def _words(table: list[int]) -> list[str]:
 
 
 def config(
-    layout: PageLayout, dtype: torch.dtype, rows_of_tile: int, tiles: int, warps: int, group: int, many: bool, cap: bool
+    layout: PageLayout, dtype: torch.dtype, rows_of_tile: int, tiles: int, warps: int, many: bool, cap: bool
 ) -> str:
     """config.cuh: what the sources need to know about the recipe, the model and the launch."""
     kv, d, f = layout.kv, layout.head_dim, layout.fields
@@ -103,7 +103,7 @@ def config(
     four = int8_levels(4)[0]
     numbers: dict[str, object] = {
         "D": d, "KEY_BITS": kv.key_bits, "VALUE_BITS": kv.value_bits, "HOT": layout.hot, "BLOCK": hadamard_block(d),
-        "BF16": int(dtype == torch.bfloat16), "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps, "GROUP": group, "BUFFERS": BUFFERS, "PAGE_UNITS": PAGE_UNITS, "MANY": int(many), "CAP": int(cap),
+        "BF16": int(dtype == torch.bfloat16), "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps, "BUFFERS": BUFFERS,  "MANY": int(many), "CAP": int(cap),
         "PAGE_BYTES": layout.page_bytes, "VALUE_PART": layout.key_bytes, "S_STEPS": S_STEPS, "ROW_STEPS": ROW_STEPS,
         "SCRATCH_BYTES": scratch_bytes(layout, rows_of_tile * tiles), "HALF": half_bytes(layout, rows_of_tile * tiles),
         "AT_MEAN": at("key_mean_code"), "AT_LOG_S": at("key_log_s"), "AT_KEY_SCALE": at("key_log_scale"),
@@ -129,19 +129,19 @@ class _Kernel:
     """The two kernels for one layout, dtype and number of rows on one device, and the launch that suits it."""
 
     def __init__(
-        self, layout: PageLayout, dtype: torch.dtype, rows: int, many: bool, cap: bool, device: torch.device
+        self, layout: PageLayout, dtype: torch.dtype, group: int, rows: int, many: bool, cap: bool, device: torch.device
     ) -> None:
-        rows_of_tile, tiles = tiles_of(layout, rows)
+        rows_of_tile, tiles = tiles_of(layout, group, rows)
         self.rows = rows_of_tile * tiles
         chip = torch.cuda.get_device_properties(device)
-        fit = lambda rows: (chip.shared_memory_per_block_optin - 1024) // scratch_bytes(layout, rows)  # noqa: E731
-        # work is cut, and sums are grouped, in the same way for any number of rows
-        group = next(g for g in (8, 4, 2, 1) if g <= fit(16))
+        # as many warps as share a multiprocessor, by the larger tile, so that work is cut the same way for any rows
         most = WARPS if tiles == 1 and layout.head_dim <= 128 else WARPS // 2
-        self.block_warps = min(most, fit(self.rows)) // group * group
-        self.warps = WARPS * chip.multi_processor_count
-        self.blocks, self.shared = -(-self.warps // self.block_warps), self.block_warps * scratch_bytes(layout, self.rows)
-        source = config(layout, dtype, rows_of_tile, tiles, self.block_warps, group, many, cap)
+        fit = (chip.shared_memory_per_block_optin - 1024) // scratch_bytes(layout, 8 * tiles)
+        if not fit:
+            raise nvrtc.CompileError(f"{layout.kv.name} with head_dim {layout.head_dim} does not fit {chip.name}")
+        self.block_warps = next(w for w in (16, 8, 4, 2, 1) if w <= min(most, fit))
+        self.blocks, self.shared = chip.multi_processor_count, self.block_warps * scratch_bytes(layout, self.rows)
+        source = config(layout, dtype, rows_of_tile, tiles, self.block_warps, many, cap)
         self.attend, self.merge = nvrtc.functions("attention.cu", source, ("attend", "merge"), device, self.shared)
 
 
@@ -173,10 +173,11 @@ def cache_attention(
     kv, rows = layout.kv, hq // h * n
     if rows > MAX_ROWS:
         raise ValueError(f"{hq // h} query heads of a group times {n} tokens is more than {MAX_ROWS} rows")
-    kernel = _kernel(layout, q.dtype, rows, n > 1, softcap is not None, q.device)
+    kernel = _kernel(layout, q.dtype, hq // h, rows, n > 1, softcap is not None, q.device)
     q, k, v = (t if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 else t.contiguous() for t in (q, k, v))
     blocks = -(-rows // kernel.rows)
-    slots = blocks * (kernel.warps + b * h)
+    warps = kernel.block_warps * kernel.blocks
+    slots = blocks * (warps + b * h)
     out = torch.empty(b, hq, n, d, dtype=q.dtype, device=q.device)
     floats = slots * 2 * kernel.rows  # of each of d + 2 numbers; the plan comes first
     space = torch.empty(4 * (b + 1) + floats * (d + 2), dtype=torch.float32, device=q.device)
@@ -189,7 +190,7 @@ def cache_attention(
         part, part + 4 * floats * d, space.data_ptr(),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         buf.pages.shape[0], buf.table.shape[1], b, h, hq // h, n, kv.ring, kv.ring_slots, kv.sinks, window or 0,
-        -(-kv.ring_slots // TILE_TOKENS) - (-kv.sinks // TILE_TOKENS), kernel.warps,
+        -(-kv.ring_slots // TILE_TOKENS) - (-kv.sinks // TILE_TOKENS), warps,
         (scaling or d**-0.5) * LOG2E, (softcap or 0.0) * LOG2E,
     )  # fmt: skip
     stream = torch.cuda.current_stream(q.device).cuda_stream

@@ -114,7 +114,13 @@ def functions(name: str, config: str, kernels: tuple[str, ...], device: torch.de
 
 
 def launch(
-    kernel: Any, blocks: tuple[int, int], threads: int, shared: int, stream: int, call: ctypes.Structure, after: bool = False
+    kernel: Any,
+    blocks: tuple[int, int],
+    threads: int,
+    shared: int,
+    stream: int,
+    call: ctypes.Structure,
+    after: bool = False,
 ) -> None:
     """Launch with one argument, a structure passed by value.
 

@@ -168,23 +168,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
       soft.write(w, c.part + slot * D, c.top + slot * 2, false, lane);
     }
     if (item + count > c.exact) {
-      auto page = [&](int unit) { return span.first + (max(0, unit - c.exact) + PAGE_UNITS - 1) / PAGE_UNITS; };
-      soft.clear();  // a page belongs to its first unit
-      packed_items(c, w, page(item), min(span.last, page(item + count)), stream, lane, tables, sign, soft);
+      const int first = span.first + max(0, item - c.exact), last = min(span.last, span.first + item + count - c.exact);
+      soft.clear();
+      packed_items(c, w, first, last, stream, lane, tables, sign, soft);
       kept = from == to;
       const i64 place = slot + R;
       if (kept) soft.write(w, (float*)x.buffer, x.row[0], true, lane);
       else soft.write(w, c.part + place * D, c.top + place * 2, true, lane);
     }
   }
-  // GROUP warps add up what they ended with, if it is pages of the same KV head: the first one's slot holds the sum.
+  // Warps of a block add up what they ended with, if it is pages of the same KV head: the first one's slot holds the sum.
   static_assert(R * D * 4 <= BUFFERS * HALF, "partial results do not fit the buffers");
   if (lane == 0) open[own] = kept ? pair : -1;
   __syncthreads();
   if (!kept) return;
   int first = own, last = own + 1;
-  while (first % GROUP && open[first - 1] == pair) first--;
-  while (last % GROUP && open[last] == pair) last++;
+  while (first > 0 && open[first - 1] == pair) first--;
+  while (last < WARPS && open[last] == pair) last++;
   const Scratch* all = (const Scratch*)memory;
   const i64 slot = slot_of(c, w.block, blockIdx.x * WARPS + first, pair) * 2 * R + R;
   for (int i = (own - first) * 32 + lane; i < w.used * (D / 4); i += (last - first) * 32) {
@@ -217,15 +217,15 @@ extern "C" __global__ void __launch_bounds__((D + 31) / 32 * 32) merge(const __g
   const i64 pair = i64(b) * c.heads + h, start = c.plan[2 * b] + h * items;
   auto warp_of = [&](i64 item) { return int(((item + 1) * warps - 1) / total); };
   const int low0 = warp_of(start), count0 = warp_of(start + c.exact - 1) - low0 + 1;
-  // of the pages: a sum in the first warp of each group, and the last warp by itself if it went on to other work
+  // of the pages: a sum in the first warp of each block, and the last warp by itself if it went on to other work
   const int low1 = warp_of(start + c.exact), high1 = warp_of(start + items - 1);
   const bool alone = total * (high1 + 1) / warps > start + items;
-  const int sums = high1 - alone < low1 ? 0 : (high1 - alone) / GROUP - low1 / GROUP + 1;
+  const int sums = high1 - alone < low1 ? 0 : (high1 - alone) / WARPS - low1 / WARPS + 1;
   const int count = count0 + (items > c.exact ? sums + alone : 0);
   auto slot = [&](int i) -> i64 {
     if (i < count0) return slot_of(c, block, low0 + i, pair) * 2 * R + r;
     i -= count0;
-    return slot_of(c, block, i == sums ? high1 : max(low1, (low1 / GROUP + i) * GROUP), pair) * 2 * R + R + r;
+    return slot_of(c, block, i == sums ? high1 : max(low1, (low1 / WARPS + i) * WARPS), pair) * 2 * R + R + r;
   };
   const int lane = ch & 31;
   const float sink = c.sink_logits ? c.sink_logits[h * c.group + row / c.tokens] * 1.4426950408889634f : NEG;

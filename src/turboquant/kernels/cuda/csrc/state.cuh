@@ -16,7 +16,7 @@ struct Call {  // mirrored by `_Call` in attention.py
   float scale, cap;  // logits in powers of two
 };
 
-struct Span {  // a sequence's share of the work: a unit for each of c.exact tiles, PAGE_UNITS for each page from `first` on
+struct Span {  // a sequence's share of the work: c.exact tiles of 16 tokens, then pages from `first` on
   i64 start;
   int first, last, items;
 };
@@ -32,15 +32,15 @@ DEVICE Span span_of(const Call& c, int b) {
   int pages = last > first ? int(last) - first : 0;
   const int grain = max(8, 1 << max(0, 28 - __clz(pages | 1)));
   pages = (pages + grain - 1) / grain * grain;
-  return {start, first, int(last), c.exact + pages * PAGE_UNITS};
+  return {start, first, int(last), c.exact + pages};
 }
 
-// Units of all sequences, in order of batch and head; the same for every block of rows. `before` counts those before b.
+// Items of all sequences, in order of batch and head; the same for every block of rows. `before` counts those before b.
 struct Where {
   int b;
   i64 before, total;
 };
-// the sequence that holds unit x; one warp. `plan`: write the plan, for the merge
+// the sequence that holds item x; one warp. `plan`: write the plan, for the merge
 DEVICE Where locate(const Call& c, i64 x, int lane, bool plan) {
   Where w{0, 0, 0};
   bool found = false;
