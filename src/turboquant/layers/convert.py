@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,8 +106,6 @@ def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iter
 
 def head_recipe(recipe: Recipe) -> Recipe:
     """Output embeddings asked for with head=8: two stages, their input as it is."""
-    from dataclasses import replace
-
     assert recipe.weights is not None
     return Recipe(weights=replace(recipe.weights, bits=8, head=0))
 
@@ -188,11 +187,28 @@ def quantize_model(
             if recipe.weights is None:
                 getattr(new, key).data = w
             rows.append(row(name if len(new.slots) == 1 else f"{name}.{key}", slot, w))
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
+        _put(model, name, new)
         if progress:
             progress("layers", i + 1, len(found))
     return rows
+
+
+@contextmanager
+def quantized(
+    model: nn.Module, plan: Plan, head: nn.Module | None = None, moments: Mapping[str, Tensor] | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """Within the context a model is quantized; afterwards its own modules are back, untouched."""
+    kept = {name: module for name, module, _ in targets(model, plan, head)}
+    try:
+        yield quantize_model(model, plan, head, moments)
+    finally:
+        for name, module in kept.items():
+            _put(model, name, module)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
 
 
 def row(name: str, slot: Any, w: Tensor) -> dict[str, Any]:
@@ -205,13 +221,7 @@ def row(name: str, slot: Any, w: Tensor) -> dict[str, Any]:
     if w.dim() == 2:
         lost = float((slot.dequantized() - w.float()).norm() / norm.clamp_min(1e-30))
     else:  # one expert at a time
-        turn = slot.recipe.activations is not None
-        from turboquant.maths.rotation import unrotate
-
-        square = 0.0
-        for e, x in enumerate(w):
-            got = slot.packed().select(e).dequantize()
-            square += float(((unrotate(got) if turn else got) - x.float()).square().sum())
+        square = sum(float((slot.dequantized(e) - x.float()).square().sum()) for e, x in enumerate(w))
         lost = square**0.5 / float(norm.clamp_min(1e-30))
     return out | {"bits": 8 * size / w.numel(), "bytes": size, "error": lost}
 
@@ -227,8 +237,6 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
             new.weight.data = w
             if module.bias is not None:
                 new.bias.data = module.bias.data.to(w.dtype)
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, new.eval())
+            _put(model, name, new.eval())
         elif isinstance(module, QuantExperts):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module.dequantized(dtype or torch.float32))
+            _put(model, name, module.dequantized(dtype or torch.float32))

@@ -74,11 +74,12 @@ class Slot:
         """The packed weight."""
         return PackedTensor(*(getattr(self.module, self.name + key.removeprefix("weight")) for key in NAMES))
 
-    def dequantized(self) -> Tensor:
-        """(..., N, K) fp32 in the basis of the input."""
+    def dequantized(self, expert: int | None = None) -> Tensor:
+        """(..., N, K) fp32 in the basis of the input; of one expert only if named."""
         if self.recipe.weights is None:
-            return getattr(self.module, self.name).detach().float()
-        w = self.packed().dequantize()
+            w = getattr(self.module, self.name).detach()
+            return (w if expert is None else w[expert]).float()
+        w = (self.packed() if expert is None else self.packed().select(expert)).dequantize()
         return unrotate(w) if self.recipe.activations is not None else w
 
     def encode(self, w: Tensor, prior: Tensor | None = None, moment: Tensor | None = None) -> dict[str, Tensor]:
