@@ -7,7 +7,7 @@ changed hidden states are kept, never logits.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def fidelity(
     name: str | None = None,
     json: str | Path | None = None,
     progress: Progress | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Perplexity change, KL, top-1 and match of each recipe against the unquantized model.
 
@@ -99,6 +100,8 @@ def fidelity(
         name: of the model, for the rows.
         json: file for the rows, written after every recipe. A rerun with the same settings keeps what is in it.
         progress: called with (recipe, windows done, windows of it).
+        moments: second moments of the inputs of linear layers (`evaluate.linear.collect_moments`): 4-bit weights are
+            rounded with error feedback then, and "+feedback" stands behind the recipe's name in the rows.
 
     Returns:
         one row a recipe, in their order: recipe, model, dtype, device, kernel, ctx, tokens, stride, text, version;
@@ -135,7 +138,8 @@ def fidelity(
         "version": __version__,
     }
     rows = Rows(json, settings)
-    todo = [s for s in plan if scheme_name(s) not in rows]
+    mark = "+feedback" if moments else ""
+    todo = [s for s in plan if scheme_name(s) + mark not in rows]
     if todo:
         say = progress or (lambda *_: None)
         head = Head.of(model, ids[:1, :8])
@@ -143,7 +147,7 @@ def fidelity(
         states, target = base.hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         nll = head.nll(states, target)
         for s in todo:
-            run = base if s == BASE else _run(model, head, s, ids, batch, say)
+            run = base if s == BASE else _run(model, head, s, ids, batch, say, moments)
             changed = run.hidden[:, :-1].flatten(0, 1)
             some = torch.arange(0, len(target), stride, device=target.device)
             scores = head.compare(states[some], changed[some], run.head)
@@ -152,8 +156,8 @@ def fidelity(
             facts |= {"base_cache_bytes": base.facts["cache_bytes"]} | run.facts
             if isinstance(s, Baseline):
                 facts |= _baseline_bytes(s, base.facts)
-            rows.add(scheme_name(s), _statistics(nll, run.head.nll(changed, target), scores) | facts)
-    return [rows[scheme_name(s)] for s in plan]
+            rows.add(scheme_name(s) + mark, _statistics(nll, run.head.nll(changed, target), scores) | facts)
+    return [rows[scheme_name(s) + mark] for s in plan]
 
 
 def scheme_name(s: Scheme) -> str:
@@ -172,7 +176,7 @@ def _cache(model: Any, recipe: Recipe) -> Any:
     return cache
 
 
-def _run(model: Any, head: Head, s: Scheme, ids: Tensor, batch: int, progress: Progress) -> _Run:
+def _run(model: Any, head: Head, s: Scheme, ids: Tensor, batch: int, progress: Progress, moments: Any = None) -> _Run:
     """All windows through the model under one scheme."""
     from transformers import DynamicCache
 
@@ -182,7 +186,7 @@ def _run(model: Any, head: Head, s: Scheme, ids: Tensor, batch: int, progress: P
     attention = NAME if _has_kv(s) else s.attention if isinstance(s, Baseline) else None
     nonfinite = 0
     progress(scheme_name(s), 0, len(ids))
-    with implementation(model, attention), linear_scheme(model, s):
+    with implementation(model, attention), linear_scheme(model, s, moments):
         head = replace(head, linear=model.get_output_embeddings())
         for i in range(0, len(ids), batch):
             part = ids[i : i + batch]
@@ -238,7 +242,7 @@ def _linear_facts(model: Any, s: Scheme, device: torch.device) -> dict[str, Any]
     if isinstance(s, LinearBaseline):
         return out | {"kernel": "fake-quant"}
     if isinstance(s, Recipe) and s.linear is not None:
-        specs = {slot.spec for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()}
+        specs = {slot.spec(model.dtype) for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()}
         used = sorted({choose("linear", spec, device)[0] for spec in specs})
         out["linear_kernel"] = ", ".join(used)
         if s.kv is None:

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from turboquant.evaluate.texts import read_texts, windows
 from turboquant.layers.convert import Plan, Quantized, experts_products, quantized
 from turboquant.recipe import Recipe
 
@@ -146,3 +148,34 @@ def linear_bits(model: Any, s: Any) -> dict[str, float | None]:
         "weight_bits": weights / count if count else None,
         "activation_bits": activations / inputs if inputs else None,
     }
+
+
+@torch.no_grad()
+def collect_moments(
+    model: Any, tokenizer: Any, text: str | Path, tokens: int = 4096, ctx: int = 512
+) -> dict[str, Tensor]:
+    """Second moments of the inputs of a model's linear layers on a text: name -> (K, K) fp32.
+
+    Raises:
+        EvaluateError: the text is too short.
+    """
+    ids = windows(tokenizer, read_texts(text), ctx, tokens).to(model.device)
+    head, out, handles = model.get_output_embeddings(), {}, []
+
+    def hook(name: str) -> Any:
+        def add(module: nn.Module, args: tuple) -> None:
+            x = args[0].detach().float().flatten(0, -2)
+            out[name] = out.get(name, 0) + x.T @ x / ids.numel()
+
+        return add
+
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear) and m is not head:
+            handles.append(m.register_forward_pre_hook(hook(name)))
+    try:
+        for i in range(0, len(ids), 4):
+            model.get_decoder()(input_ids=ids[i : i + 4], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out

@@ -23,6 +23,7 @@ class LinearSpec:
         inputs, outputs: K and N.
         stages, group: of the packed weight; stages 0 where the weight is not packed.
         activation_bits: 4, 8, or 16 for inputs that stay as they are.
+        dtype: of the input and the output.
     """
 
     inputs: int
@@ -30,6 +31,7 @@ class LinearSpec:
     stages: int
     group: int
     activation_bits: int
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass

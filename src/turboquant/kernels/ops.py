@@ -22,7 +22,7 @@ from turboquant.recipe import ActivationRecipe
 OPS = ("cache_append", "cache_attention")
 LINEAR_OPS = ("rotate", "quantize", "linear")
 BACKENDS = ("reference",)  # in order of preference
-LINEAR_BACKENDS = ("cuda", "cpu", "reference")  # the same for LINEAR_OPS
+LINEAR_BACKENDS = ("cuda", "triton", "cpu", "reference")  # the same for LINEAR_OPS
 OPTIONAL = ("cpu",)  # never chosen by "auto"
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
 

@@ -40,6 +40,7 @@ class Slot:
         self.module, self.name, self.shape, self.recipe = module, name, tuple(shape), recipe
         self.shared, self.tracker, self._hot = shared, None, None
         self.states: dict[int | None, LinearState] = {}
+        self._specs: dict[torch.dtype, LinearSpec] = {}
         for key, (size, kind) in self.specs(name, shape, recipe).items():
             module.register_buffer(key, torch.empty(size, dtype=kind, device=device))
         if like is not None and recipe.weights is not None:
@@ -64,11 +65,13 @@ class Slot:
         a = self.recipe.activations
         return a is not None and a.hot_channels(self.shape[-1]) > 0
 
-    @property
-    def spec(self) -> LinearSpec:
-        """What a backend is chosen by."""
-        w, a, (n, k) = self.recipe.weights, self.recipe.activations, self.shape[-2:]
-        return LinearSpec(k, n, w.stages if w else 0, w.group_of(k) if w else 0, a.bits if a else 16)
+    def spec(self, dtype: torch.dtype) -> LinearSpec:
+        """What a backend is chosen by, for inputs of a dtype."""
+        if dtype not in self._specs:
+            w, a, (n, k) = self.recipe.weights, self.recipe.activations, self.shape[-2:]
+            group = w.group_of(k) if w else 0
+            self._specs[dtype] = LinearSpec(k, n, w.stages if w else 0, group, a.bits if a else 16, dtype)
+        return self._specs[dtype]
 
     def packed(self) -> PackedTensor:
         """The packed weight."""
@@ -164,7 +167,7 @@ class Slot:
             weight = weight if expert is None else weight[expert]
         else:
             weight = self.packed() if expert is None else self.packed().select(expert)
-        return ops.linear(x, weight, bias, self.recipe.activations, self.states[expert], self.spec)
+        return ops.linear(x, weight, bias, self.recipe.activations, self.states[expert], self.spec(x.dtype))
 
 
 def keep_dtypes(module: nn.Module, fn: Any) -> None:

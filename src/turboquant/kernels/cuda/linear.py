@@ -34,6 +34,8 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
     if isinstance(spec, LinearSpec):
         if not spec.stages:
             return "cuda: the weight is not packed"
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"cuda: the model computes in {str(spec.dtype).removeprefix('torch.')}, the kernel in 16 bit"
         if spec.inputs % 128 or spec.outputs % 128:
             return f"cuda: a weight of {spec.outputs}x{spec.inputs} is not made of tiles of 128"
         if spec.group != spec.inputs and spec.group not in (32, 64, 128):
@@ -83,8 +85,7 @@ def linear(
     x: Tensor, weight: PackedTensor, bias: Tensor | None, recipe: ActivationRecipe | None, state: LinearState
 ) -> Tensor:
     """Contract in `kernels.linear.linear`; sums run in another order and outputs are rounded to 16 bit."""
-    dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    key = f"cuda {dtype}"
+    dtype, key = x.dtype, f"cuda {x.dtype}"
     if key not in state.prepared:
         state.prepared[key] = prepare(weight, 16 if recipe is None else 8, dtype)
     layers, (n, k) = state.prepared[key], weight.shape
