@@ -2,8 +2,8 @@
 
 PYTHONPATH=src python benchmarks/bench_linear.py --json linear.json
 
-Every figure is the median over replays of a CUDA graph that holds one call for each of so many copies of the weight that
-none is in L2 when its turn comes. `total` quantizes the input (rotation, scale, int8) and multiplies; `gemm` multiplies
+Every figure is the median over replays of a CUDA graph with one call for each of so many copies of the weight that none
+is in L2 when its turn comes. `total` quantizes the input (rotation, scale, int8) and multiplies; `gemm` multiplies
 rows that are quantized already. Behind each shape stands what the layer follows in the model: a norm, an activation, or
 attention. A variant whose output is farther from the fp32 product of the same operands than twice what plain torch in
 bf16 is gets no figure, and the run ends with exit code 1.
@@ -28,7 +28,10 @@ from turboquant.maths.rotation import rotate
 from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import WeightRecipe
 
-SHAPES = {"qkv": (6144, 4096, "norm"), "o": (4096, 4096, "plain"), "gate_up": (28672, 4096, "norm"), "down": (4096, 14336, "gate")}  # fmt: skip
+SHAPES = {
+    "qkv": (6144, 4096, "norm"), "o": (4096, 4096, "plain"),
+    "gate_up": (28672, 4096, "norm"), "down": (4096, 14336, "gate"),
+}  # fmt: skip
 VARIANTS = {  # name -> (weight recipe, bits of the rows)
     "w4a8": (WeightRecipe(4, group=0), 8),
     "w4a8-g128": (WeightRecipe(4), 8),
@@ -99,7 +102,7 @@ def bench_shape(name: str, args: argparse.Namespace, failed: list[str]) -> list[
     base: dict[int, float] = {}
     for m in args.rows:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        base[m] = median_ms([lambda v=v: F.linear(x, v) for v in dense], args.replays)
+        base[m] = median_ms([lambda v=v, x=x: F.linear(x, v) for v in dense], args.replays)
         moved = w.nbytes + x.nbytes + 2 * m * n
         rows.append(line(name, n, k, m, "bf16", base[m], base[m], None, moved, args))
     del dense
@@ -138,7 +141,7 @@ def bench_shape(name: str, args: argparse.Namespace, failed: list[str]) -> list[
             if not error <= bound:
                 failed.append(f"{name} M={m} {variant}: error {error:.5f} over {bound:.5f}")
                 continue
-            gemm = median_ms([lambda v=v: multiply(v, codes, unit) for v in layers], args.replays)
+            gemm = median_ms([lambda v=v, c=codes, u=unit: multiply(v, c, u) for v in layers], args.replays)
             total = gemm
             if bits == 8 and m in quant:
                 call = make(m)[0]
@@ -149,7 +152,9 @@ def bench_shape(name: str, args: argparse.Namespace, failed: list[str]) -> list[
 
                 total = median_ms([lambda v=v: both(v) for v in layers], args.replays)
             moved = packed.nbytes + codes.nbytes + 2 * m * n
-            rows.append(line(name, n, k, m, variant, gemm, base[m], total, moved, args) | {"error": error, "bound": bound})
+            rows.append(
+                line(name, n, k, m, variant, gemm, base[m], total, moved, args) | {"error": error, "bound": bound}
+            )
         del layers, decoded
     return rows
 
@@ -168,12 +173,14 @@ def line(
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Two tables: milliseconds and speedup of each variant, and the cost of quantizing."""
-    out = ["| shape | M | bf16 ms | variant | gemm ms | bound ms | total ms | × bf16 | quantizing adds |", "|---|" * 1 + "---|" * 8]
+    out = ["| shape | M | bf16 ms | variant | gemm ms | bound ms | total ms | × bf16 | quantizing adds |"]
+    out.append("|" + "---|" * 9)
     for r in rows:
         if "total_ms" in r:
             out.append(
-                f"| {r['shape']} {r['n']}×{r['k']} | {r['m']} | {r['bf16_ms']:.4f} | {r['variant']} | {r['gemm_ms']:.4f} | "
-                f"{r['bound_ms']:.4f} | {r['total_ms']:.4f} | {r['total_speedup']:.2f} | {r['overhead_percent']:+.0f} % |"
+                f"| {r['shape']} {r['n']}×{r['k']} | {r['m']} | {r['bf16_ms']:.4f} | {r['variant']} | "
+                f"{r['gemm_ms']:.4f} | {r['bound_ms']:.4f} | {r['total_ms']:.4f} | {r['total_speedup']:.2f} | "
+                f"{r['overhead_percent']:+.0f} % |"
             )
     out += ["", "| after | width | M | quantize ms | bound ms |", "|---|---|---|---|---|"]
     for r in rows:
@@ -221,7 +228,9 @@ def main() -> None:
     for name in args.shapes:
         rows += bench_shape(name, args, failed)
         if args.json:
-            args.json.write_text(json.dumps({"machine": machine(args.commit), "failed": failed, "rows": rows}, indent=1))
+            args.json.write_text(
+                json.dumps({"machine": machine(args.commit), "failed": failed, "rows": rows}, indent=1)
+            )
     print(markdown(rows))
     if args.png:
         plot(rows, args.png)

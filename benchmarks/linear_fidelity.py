@@ -1,7 +1,6 @@
 """What quantized linear layers cost: recipes and baselines on one model, against the same model unquantized.
 
-PYTHONPATH=src python benchmarks/linear_fidelity.py --model model.gguf --text prose.txt --text tech.txt --text code.txt \
-    --device cuda --json rows.json
+python benchmarks/linear_fidelity.py --model model.gguf --text prose.txt --text tech.txt --text code.txt --json out.json
 
 24,576 tokens, paired, with standard errors. `--feedback FILE` adds rows of w4 with error feedback along second moments
 that the model collects on that text (which must not be one that is measured). Rows are kept in the JSON file as they
@@ -74,7 +73,11 @@ def main() -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    say = lambda what, done, of: done == of and print(f"{time.time() - began:.0f} s {what}", file=sys.stderr, flush=True)  # noqa: E731
+
+    def say(what: str, done: int, of: int) -> None:
+        if done == of:
+            print(f"{time.time() - began:.0f} s {what}", file=sys.stderr, flush=True)
+
     shared: dict[str, Any] = dict(
         stride=args.stride, batch=args.batch, name=label(args.model), json=args.json, progress=say
     )

@@ -143,7 +143,9 @@ class WeightRecipe:
         """
         group = gcd(width, self.group) if self.group else width
         if group < 8 or width % 8:
-            raise RecipeError(f"a linear layer with {width} inputs cannot be packed: the inputs must be a multiple of 8")
+            raise RecipeError(
+                f"a linear layer with {width} inputs cannot be packed: the inputs must be a multiple of 8"
+            )
         return group
 
     def bits_per_weight(self, width: int) -> float:

@@ -106,7 +106,8 @@ def fidelity(
     Returns:
         one row a recipe, in their order: recipe, model, dtype, device, kernel, ctx, tokens, stride, text, version;
         ppl_base, ppl, dppl_percent, dppl_se; kl (nats), top1, match (percent) and kl_se, top1_se, match_se;
-        weight_bits, activation_bits of the linear layers and key_bits, value_bits (everything stored counted); cache_bytes (of them ring_bytes and state_bytes) and
+        weight_bits, activation_bits of the linear layers and key_bits, value_bits (everything stored counted);
+        cache_bytes (of them ring_bytes and state_bytes) and
         base_cache_bytes for cache_tokens tokens; nonfinite; seconds. The standard errors take positions as
         independent.
 
@@ -242,7 +243,9 @@ def _linear_facts(model: Any, s: Scheme, device: torch.device) -> dict[str, Any]
     if isinstance(s, LinearBaseline):
         return out | {"kernel": "fake-quant"}
     if isinstance(s, Recipe) and s.linear is not None:
-        specs = {slot.spec(model.dtype) for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()}
+        specs = {
+            slot.spec(model.dtype) for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()
+        }
         used = sorted({choose("linear", spec, device)[0] for spec in specs})
         out["linear_kernel"] = ", ".join(used)
         if s.kv is None:

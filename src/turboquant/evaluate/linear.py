@@ -160,12 +160,14 @@ def collect_moments(
         EvaluateError: the text is too short.
     """
     ids = windows(tokenizer, read_texts(text), ctx, tokens).to(model.device)
-    head, out, handles = model.get_output_embeddings(), {}, []
+    head, handles = model.get_output_embeddings(), []
+    out: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
         def add(module: nn.Module, args: tuple) -> None:
             x = args[0].detach().float().flatten(0, -2)
-            out[name] = out.get(name, 0) + x.T @ x / ids.numel()
+            new = x.T @ x / ids.numel()
+            out[name] = out[name] + new if name in out else new
 
         return add
 

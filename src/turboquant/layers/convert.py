@@ -16,7 +16,8 @@ from turboquant.recipe import Recipe, RecipeError, parse_recipe
 Quantized = QuantLinear | QuantExperts
 PRODUCTS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))  # of stacks of experts, as transformers names them
 NORM_BEFORE = {  # which norm of the block scales the input of which layer
-    "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm", "qkv_proj": "input_layernorm",
+    "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
+    "qkv_proj": "input_layernorm",
     "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm",
     "gate_up_proj": "post_attention_layernorm",
 }  # fmt: skip
@@ -79,7 +80,7 @@ def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iter
             continue
         if module is head:
             recipe = plan.of(name)
-            if recipe is not None and recipe.weights is not None and recipe.weights.head:
+            if isinstance(module, nn.Linear) and recipe is not None and recipe.weights and recipe.weights.head:
                 yield name, module, head_recipe(recipe)
         elif isinstance(module, nn.Linear):
             recipe = plan.of(name)

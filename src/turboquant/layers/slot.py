@@ -38,7 +38,9 @@ class Slot:
         shared: Shared | None = None, like: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.module, self.name, self.shape, self.recipe = module, name, tuple(shape), recipe
-        self.shared, self.tracker, self._hot = shared, None, None
+        self.shared = shared
+        self.tracker: HotTracker | None = None
+        self._hot: Hot | None = None
         self.states: dict[int | None, LinearState] = {}
         self._specs: dict[torch.dtype, LinearSpec] = {}
         for key, (size, kind) in self.specs(name, shape, recipe).items():

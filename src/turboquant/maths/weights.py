@@ -1,8 +1,8 @@
 """Weights as integers: W = scale · (code - zero), a scale and a whole zero for every group of a row.
 
-One stage has 16 codes. Two stages are W ≈ Q4(W) + Q4(W - Q4(W)) with the second scale fixed at a sixteenth of the first:
-the two codes then are the high and the low half of one 8-bit code of the grid scale/16, a single product with 8-bit
-weights serves both, and the first stage alone still is a 4-bit weight. Scales are rounded to fp16 before anything
+One stage has 16 codes. Two stages are W ≈ Q4(W) + Q4(W - Q4(W)) with the second scale a sixteenth of the first: the
+two codes then are the high and the low half of one 8-bit code of the grid scale/16, a single product with 8-bit weights
+serves both, and the first stage alone still is a 4-bit weight. Scales are rounded to fp16 before anything
 depends on them.
 
 Two data-free ways to a better first stage: `clip` searches the range of each group (fewer, finer steps against a few
@@ -52,13 +52,18 @@ def group_grid(w: Tensor, clip: bool, importance: Tensor | None = None) -> tuple
     if not clip:
         return best_scale, best_zero
     best = torch.full_like(low, torch.inf)
-    for share in CLIPS:
-        scale, zero = _grid(low * share, high * share)
-        error = ((_round(w, scale, zero) - zero) * scale.float() - w).square()
-        error = (error if importance is None else error * importance).sum(-1, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    best_low, best_high = low, high
+    for ends in ((1, 1), (1, 0), (0, 1)):  # both ends together, then each by itself
+        from_low, from_high = best_low, best_high
+        for share in CLIPS:
+            l, h = (low * share if ends[0] else from_low), (high * share if ends[1] else from_high)
+            scale, zero = _grid(l, h)
+            error = ((_round(w, scale, zero) - zero) * scale.float() - w).square()
+            error = (error if importance is None else error * importance).sum(-1, keepdim=True)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_low, best_high = torch.where(better, l, best_low), torch.where(better, h, best_high)
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     return best_scale, best_zero
 
 
@@ -114,7 +119,9 @@ def decode_weight(w: WeightCodes, stages: int | None = None) -> Tensor:
     return out.flatten(-2)
 
 
-def _with_feedback(w: Tensor, group: int, clip: bool, moment: Tensor, damp: float = 0.01, block: int = 128) -> WeightCodes:
+def _with_feedback(
+    w: Tensor, group: int, clip: bool, moment: Tensor, damp: float = 0.01, block: int = 128
+) -> WeightCodes:
     """GPTQ: columns in order, the error of each spread over later ones by the inverse of the second moments."""
     n, k = w.shape
     w = w.clone()
@@ -132,7 +139,7 @@ def _with_feedback(w: Tensor, group: int, clip: bool, moment: Tensor, damp: floa
         for i in range(end - start):
             c = start + i
             if c % group == 0:
-                # the rest of a group that reaches beyond this block has not felt this block's errors yet: they are small
+                # what of a group reaches beyond this block has not felt this block's errors yet; they are small
                 importance = upper.diagonal()[c : c + group].reciprocal().square()
                 s, z = group_grid(w[:, c : c + group], clip, importance)
                 scale[:, c // group], zero[:, c // group] = s[:, 0], z[:, 0].to(torch.uint8)

@@ -66,9 +66,9 @@ def check(files: Iterable[str | Path], expected: Mapping[str, Spec], optional: I
     Raises:
         CheckpointError: the first tensor that is missing, extra, or of another shape or dtype.
     """
-    files = [Path(f) for f in files]
-    have, optional = headers(files), set(optional)
-    where = files[0].parent if len(files) > 1 else files[0] if files else "checkpoint"
+    paths = [Path(f) for f in files]
+    have, optional = headers(paths), set(optional)
+    where = paths[0].parent if len(paths) > 1 else paths[0] if paths else "checkpoint"
     for name, (shape, dtype) in expected.items():
         if name not in have:
             if name in optional:
@@ -77,10 +77,8 @@ def check(files: Iterable[str | Path], expected: Mapping[str, Spec], optional: I
         file, got, kind = have[name]
         wrong = kind != dtype if dtype is not None else not (kind and kind.is_floating_point)
         if got != tuple(shape) or wrong:
-            want = str(dtype or "a float type").removeprefix("torch.")
-            raise CheckpointError(
-                f"{file}: tensor {name!r} is {list(got)} {str(kind).removeprefix('torch.')}, expected {list(shape)} {want}"
-            )
+            is_, want = (str(d or "a float type").removeprefix("torch.") for d in (kind, dtype))
+            raise CheckpointError(f"{file}: tensor {name!r} is {list(got)} {is_}, expected {list(shape)} {want}")
     extra = sorted(set(have) - set(expected))
     if extra:
         raise CheckpointError(f"{have[extra[0]][0]}: tensor {extra[0]!r} is not part of this model and recipe")

@@ -12,7 +12,15 @@ from transformers.quantizers.base import HfQuantizer
 from turboquant.integrations.transformers.attention import NAME
 from turboquant.integrations.transformers.config import TurboQuantConfig, attach
 from turboquant.kernels.linear import Shared
-from turboquant.layers.convert import Quantized, dequantize_model, head_recipe, norm_prior, quantize_model, shell, targets
+from turboquant.layers.convert import (
+    Quantized,
+    dequantize_model,
+    head_recipe,
+    norm_prior,
+    quantize_model,
+    shell,
+    targets,
+)
 from turboquant.packed.checkpoint import CheckpointError, check
 from turboquant.recipe import RecipeError, parse_recipe
 

@@ -1,8 +1,8 @@
 """The CPU backend.
 
-Its cache ops are experimental and run only within `use_backend("cpu")`: packed codes read with AVX-512, AVX2 or portable
-vectors, see `cache`; the C++ is in csrc/. Its linear layers run wherever the package auto-round-lib is installed, see
-`linear`.
+Its cache ops are experimental and run only within `use_backend("cpu")`: packed codes read with AVX-512, AVX2 or
+portable vectors, see `cache`; the C++ is in csrc/. Its linear layers run wherever the package auto-round-lib is
+installed, see `linear`.
 """
 
 from typing import Any

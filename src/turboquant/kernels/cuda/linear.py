@@ -51,7 +51,9 @@ def _layer(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int, bits: 
     n, k = codes.shape
     word = "bfloat16" if dtype == torch.bfloat16 else "float16"
     weight = {"dtype": "uint4", "group_size": 0 if group == k else group, "has_zero_point": zero is not None}
-    inputs = {"dtype": "int8", "quant_mode": "dynamic_token", "scale_dtype": "float32"} if bits < 16 else {"dtype": word}
+    inputs = (
+        {"dtype": "int8", "quant_mode": "dynamic_token", "scale_dtype": "float32"} if bits < 16 else {"dtype": word}
+    )
     with torch.cuda.device(codes.device):
         layer = HummingLayer(n, k, weight | {"scale_dtype": word}, inputs, torch_dtype=dtype).to(codes.device)
         tensors = {"weight": humming.pack_weight(codes.int().contiguous(), 4), "weight_scale": scale.to(dtype)}
