@@ -243,14 +243,16 @@ def _linear_facts(model: Any, s: Scheme, device: torch.device) -> dict[str, Any]
     if isinstance(s, LinearBaseline):
         return out | {"kernel": "fake-quant"}
     if isinstance(s, Recipe) and s.linear is not None:
-        specs = {
-            slot.spec(model.dtype) for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()
-        }
-        used = sorted({choose("linear", spec, device)[0] for spec in specs})
-        out["linear_kernel"] = ", ".join(used)
+        out["linear_kernel"] = linear_kernels(model, device)
         if s.kv is None:
             out["kernel"] = out["linear_kernel"]
     return out
+
+
+def linear_kernels(model: Any, device: torch.device) -> str:
+    """Kernels of the quantized layers that a model has now, "" if it has none."""
+    specs = {slot.spec(model.dtype) for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()}
+    return ", ".join(sorted({choose("linear", spec, device)[0] for spec in specs}))
 
 
 def _baseline_bytes(s: Baseline, base: dict[str, Any]) -> dict[str, Any]:

@@ -127,26 +127,27 @@ def _faked(model: Any, s: LinearBaseline) -> Iterator[None]:
             handle.remove()
 
 
-def linear_bits(model: Any, s: Any) -> dict[str, float | None]:
+def linear_bits(model: Any, s: Any) -> dict[str, float]:
     """True bits per weight and per activation number of the linear layers, averaged over them; to call within
     `linear_scheme`."""
     weights = activations = inputs = count = 0.0
-    head = model.get_output_embeddings()
+    head, whole = model.get_output_embeddings(), model.dtype.itemsize * 8.0
     for m in model.modules():
         if isinstance(m, Quantized):
             for slot in m.slots.values():
                 *_, n, k = slot.shape
                 numbers, r = n * k * (slot.shape[0] if len(slot.shape) == 3 else 1), slot.recipe
-                weights += numbers * (r.weights.bits_per_weight(k) if r.weights else 16)
-                activations += k * (r.activations.bits_per_activation(k) if r.activations else 16)
+                weights += numbers * (r.weights.bits_per_weight(k) if r.weights else whole)
+                activations += k * (r.activations.bits_per_activation(k) if r.activations else whole)
                 count, inputs = count + numbers, inputs + k
         elif isinstance(s, LinearBaseline) and isinstance(m, nn.Linear) and m is not head:
             n, k = m.weight.shape
-            weights, activations = weights + n * k * s.weight_bits(k), activations + k * s.activation_bits(k)
+            weights += n * k * (s.weight_bits(k) if s.weight else whole)
+            activations += k * (s.activation_bits(k) if s.activation else whole)
             count, inputs = count + n * k, inputs + k
     return {
-        "weight_bits": weights / count if count else None,
-        "activation_bits": activations / inputs if inputs else None,
+        "weight_bits": weights / count if count else whole,
+        "activation_bits": activations / inputs if inputs else whole,
     }
 
 

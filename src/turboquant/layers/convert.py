@@ -169,7 +169,7 @@ def quantize_model(
 
     Args:
         head: the output embeddings.
-        moments: name -> (K, K) second moments of a layer's input, for error feedback (`layers.moments`).
+        moments: name -> (K, K) second moments of a linear layer's input, for error feedback in 4-bit weights.
         progress: called with (name, done, of).
 
     Returns:
@@ -184,7 +184,8 @@ def quantize_model(
         for key, slot in new.slots.items():
             w = getattr(module, key)
             w = w.detach().mT.contiguous() if turn else w.detach()
-            slot.load(w, norm_prior(model, name), (moments or {}).get(name))
+            one_stage = recipe.weights is not None and recipe.weights.stages == 1
+            slot.load(w, norm_prior(model, name), (moments or {}).get(name) if one_stage else None)
             if recipe.weights is None:
                 getattr(new, key).data = w
             rows.append(row(name if len(new.slots) == 1 else f"{name}.{key}", slot, w))

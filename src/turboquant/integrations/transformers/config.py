@@ -88,7 +88,8 @@ class TurboQuantConfig(QuantizationConfigMixin):
         kwargs.pop("quant_method", None)
         if kwargs:
             raise ValueError(
-                f"TurboQuantConfig takes recipe, modules_to_not_convert and overrides, got also {sorted(kwargs)}"
+                f"TurboQuantConfig takes recipe=..., modules_to_not_convert=... and overrides=..., "
+                f"got also {sorted(kwargs)}"
             )
         check_format(format, "quantization_config")
         self.quant_method = NAME

@@ -1,6 +1,7 @@
 """Carries out a TurboQuantConfig: weights are quantized tensor by tensor while they are read, or read as they were
 saved; the cache becomes live."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +16,13 @@ from turboquant.kernels.linear import Shared
 from turboquant.layers.convert import (
     Quantized,
     dequantize_model,
-    head_recipe,
     norm_prior,
     quantize_model,
     shell,
     targets,
 )
 from turboquant.packed.checkpoint import CheckpointError, check
-from turboquant.recipe import RecipeError, parse_recipe
+from turboquant.recipe import parse_recipe
 
 
 class Quantize(ConversionOps):
@@ -68,11 +68,8 @@ class TurboQuantizer(HfQuantizer):
             if module is head and tied:
                 continue  # its weight is the input embeddings': see _process_model_after_weight_loading
             self._replace(model, name, module, recipe, fresh)
-        if self.pre_quantized:
-            if head is not None and _saved_head(head) and plan.recipe.weights and plan.recipe.weights.head and tied:
-                raise RecipeError("a quantized head cannot be tied to the input embeddings")
-            if checkpoint_files:
-                self._check(model, checkpoint_files)
+        if self.pre_quantized and checkpoint_files:
+            self._check(model, checkpoint_files)
         return model
 
     def _replace(self, model: Any, name: str, module: Any, recipe: Any, fresh: bool) -> None:
@@ -143,8 +140,35 @@ class TurboQuantizer(HfQuantizer):
         return False
 
 
-def _saved_head(head: Any) -> bool:
-    return isinstance(head, Quantized)
+def quantize(
+    model: Any,
+    config: TurboQuantConfig | str,
+    moments: Mapping[str, Tensor] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Quantize a model that is loaded already (from a GGUF file, say), so that it can be used and saved.
+
+    Args:
+        moments, progress: as of `layers.convert.quantize_model`.
+
+    Returns:
+        its rows, one a weight.
+
+    Raises:
+        RecipeError: before anything is changed.
+    """
+    config = config if isinstance(config, TurboQuantConfig) else TurboQuantConfig(config)
+    plan, recipe = config.plan(), parse_recipe(config.recipe)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if any(m is head for _, m, _ in list(targets(model, plan, head))) and getattr(model, "all_tied_weights_keys", None):
+        untie(model)
+    rows = quantize_model(model, plan, head, moments, progress)
+    model.config.quantization_config = config
+    model.hf_quantizer = TurboQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method, model._weight_conversions = True, NAME, []
+    if recipe.kv is not None:
+        attach(model, recipe)
+    return rows
 
 
 def untie(model: Any) -> None:
@@ -154,6 +178,3 @@ def untie(model: Any) -> None:
     for m in model.modules():
         if hasattr(m, "all_tied_weights_keys"):
             m.all_tied_weights_keys = {}
-
-
-__all__ = ["Quantize", "TurboQuantizer", "head_recipe", "untie"]
