@@ -47,6 +47,7 @@ def test_linear(name, rows):
     x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         if layer.slot.tracked:
+            layer.slot.start()
             layer.slot.follow(x)
         with ops.use_backend("reference"):
             want = layer.slot(x.float(), layer.bias.float())

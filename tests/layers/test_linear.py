@@ -24,6 +24,8 @@ def make(recipe, n=48, k=96, bias=True):
     if layer.recipe.weights is None:
         layer.weight.data = w
     layer.slot.load(w)
+    if layer.slot.tracked:
+        layer.slot.start()
     if bias:
         layer.bias.data = torch.randn(n)
     return layer.eval(), w

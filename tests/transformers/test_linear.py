@@ -106,21 +106,22 @@ def test_recipes_round_trip(recipe, saved, tmp_path, ids):
     assert relative(logits(q, ids), logits(model, ids)) > 0
 
 
-def test_quantizing_while_loading_gives_what_quantizing_afterwards_gives(saved, ids):
+@pytest.mark.parametrize("recipe", ["w4a8", "w8a4"])
+def test_quantizing_while_loading_gives_what_quantizing_afterwards_gives(recipe, saved, ids):
     from turboquant.layers.convert import Plan, quantize_model
     from turboquant.recipe import parse_recipe
 
     model, folder = saved("llama-gqa", shard="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 3, "sharded"
-    q = load(folder, "w4a8")
-    quantize_model(model, Plan(parse_recipe("w4a8")), model.lm_head)
+    q = load(folder, recipe)
+    quantize_model(model, Plan(parse_recipe(recipe)), model.lm_head)
     want = model.state_dict()
     assert set(want) == set(q.state_dict())
     for key, t in q.state_dict().items():
         assert torch.equal(t, want[key]) and t.dtype == want[key].dtype, key
     for m in q.modules():
         if isinstance(m, QuantLinear):
-            assert m.weight.nbytes == m.in_features * m.out_features // 2
+            assert m.weight.nbytes == m.in_features * m.out_features // 2 * m.recipe.weights.stages
 
 
 def test_sharded_packed_checkpoint(saved, tmp_path, ids):

@@ -66,7 +66,9 @@ def _one(model: Any, name: str, module: nn.Linear, x: Tensor, y: Tensor, s: Reci
     slot = layer.slots["weight"]
     if linear.weights is None:
         layer.weight.data = module.weight.data
-    slot.load(module.weight, norm_prior(model, name))
+    slot.load(module.weight)
+    if slot.tracked:
+        slot.start(norm_prior(model, name))
     got = layer(x)
     rms = x.float().flatten(0, -2).square().mean(0).sqrt()
     return {

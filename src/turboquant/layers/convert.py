@@ -151,10 +151,26 @@ def norm_prior(model: nn.Module, name: str) -> Tensor | None:
         return None
     block = parent.rpartition(".")[0]
     try:
-        weight = model.get_submodule(f"{block}.{norm}").weight
+        block_module = model.get_submodule(block)
+        if norm == "post_attention_layernorm" and hasattr(block_module, "pre_feedforward_layernorm"):
+            norm = "pre_feedforward_layernorm"  # Gemma's block has a norm on either side of each part
+        module = block_module.get_submodule(norm)
+        weight = module.weight
     except AttributeError:
         return None
-    return None if not isinstance(weight, Tensor) or weight.is_meta else weight.detach().float().abs()
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return None
+    w = weight.detach().float()
+    return (w + 1 if type(module).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm") else w).abs()
+
+
+def start_trackers(model: nn.Module) -> None:
+    """Let every tracker of a model start from the norms, which stand only once all weights are loaded."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            for slot in module.slots.values():
+                if slot.tracked:
+                    slot.start(norm_prior(model, name))
 
 
 @torch.no_grad()
@@ -185,9 +201,11 @@ def quantize_model(
             w = getattr(module, key)
             w = w.detach().mT.contiguous() if turn else w.detach()
             one_stage = recipe.weights is not None and recipe.weights.stages == 1
-            slot.load(w, norm_prior(model, name), (moments or {}).get(name) if one_stage else None)
+            slot.load(w, (moments or {}).get(name) if one_stage else None)
             if recipe.weights is None:
                 getattr(new, key).data = w
+            if slot.tracked:
+                slot.start(norm_prior(model, name))
             rows.append(row(name if len(new.slots) == 1 else f"{name}.{key}", slot, w))
         _put(model, name, new)
         if progress:

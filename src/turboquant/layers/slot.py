@@ -87,7 +87,7 @@ class Slot:
         w = (self.packed() if expert is None else self.packed().select(expert)).dequantize()
         return unrotate(w) if self.recipe.activations is not None else w
 
-    def encode(self, w: Tensor, prior: Tensor | None = None, moment: Tensor | None = None) -> dict[str, Tensor]:
+    def encode(self, w: Tensor, moment: Tensor | None = None) -> dict[str, Tensor]:
         """A weight (..., N, K) as the buffers of this slot, which stay as they are; arguments as for `load`."""
         out: dict[str, Tensor] = {}
         if self.recipe.weights is not None:
@@ -100,23 +100,33 @@ class Slot:
                 parts = [torch.stack(p) for p in zip(*((s.codes, s.scale, s.zero) for s in some), strict=True)]
                 packed = PackedTensor(*parts)
             out = {self.name + key.removeprefix("weight"): t for key, t in packed.tensors().items()}
-        if self.tracked:
-            a, k = self.recipe.activations, self.shape[-1]
-            assert a is not None
-            norm = w.float().flatten(0, -2).square().mean(0).sqrt()
-            out |= self._state(HotTracker(norm, a.hot_channels(k), prior, a.freeze))
         return out
 
-    def load(self, w: Tensor, prior: Tensor | None = None, moment: Tensor | None = None) -> None:
-        """Quantize a weight into the module.
+    def load(self, w: Tensor, moment: Tensor | None = None) -> None:
+        """Quantize a weight into the module; its tracker, if it has one, is to be started then.
+
+        Args:
+            moment: (K, K) second moments of the input in its own basis, for error feedback.
+        """
+        for key, t in self.encode(w, moment).items():
+            setattr(self.module, key, t)
+        self.forget()
+
+    def start(self, prior: Tensor | None = None) -> None:
+        """A tracker that has seen nothing.
 
         Args:
             prior: (K,), the scale of each input channel as far as the weights around tell it (of the norm before).
-            moment: (K, K) second moments of the input in its own basis, for error feedback.
         """
-        for key, t in self.encode(w, prior, moment).items():
-            setattr(self.module, key, t)
+        a = self.recipe.activations
+        assert a is not None
+        t = HotTracker(self._column_norm(), a.hot_channels(self.shape[-1]), prior, a.freeze)
+        for key, value in self._state(t).items():
+            setattr(self.module, key, value)
         self.forget()
+
+    def _column_norm(self) -> Tensor:
+        return self.dequantized().flatten(0, -2).square().mean(0).sqrt()
 
     def forget(self) -> None:
         """Drop what was derived from buffers that have changed or moved."""
@@ -130,11 +140,12 @@ class Slot:
     def follow(self, x: Tensor) -> None:
         """Let the tracker see the tokens x (..., K), and take the hot columns of the weight anew if it says so."""
         m, a = self.module, self.recipe.activations
+        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return  # what is captured replays with the channels that are hot between the replays
         if self.tracker is None:
             assert a is not None
             state = {key: getattr(m, f"{self.name}_x_{key}") for key in TRACKER}
-            norm = self.dequantized().flatten(0, -2).square().mean(0).sqrt()
-            self.tracker = HotTracker.resume(norm, a.freeze, state)
+            self.tracker = HotTracker.resume(self._column_norm(), a.freeze, state)
         seen = self.tracker.seen
         changed = self.tracker.update(x)
         if self.tracker.seen != seen:

@@ -16,9 +16,9 @@ from turboquant.kernels.linear import Shared
 from turboquant.layers.convert import (
     Quantized,
     dequantize_model,
-    norm_prior,
     quantize_model,
     shell,
+    start_trackers,
     targets,
 )
 from turboquant.packed.checkpoint import CheckpointError, check
@@ -40,7 +40,7 @@ class Quantize(ConversionOps):
             slot = model.get_submodule(path).slots[key]
             w = w.mT if path in self.quantizer.turned else w
             prefix = f"{path}." if path else ""
-            out |= {prefix + k: t for k, t in slot.encode(w, norm_prior(model, path)).items()}
+            out |= {prefix + k: t for k, t in slot.encode(w).items()}
             if slot.recipe.weights is None:
                 out[name] = w.contiguous()
         return out
@@ -120,6 +120,8 @@ class TurboQuantizer(HfQuantizer):
             if isinstance(module, Quantized):
                 for slot in module.slots.values():
                     slot.forget()
+        if not self.pre_quantized:
+            start_trackers(model)
         if any(isinstance(m, Quantized) for m in model.modules()):
             # The saved names are the modules' own: nothing is to be turned back into a checkpoint's names.
             model._weight_conversions = []
