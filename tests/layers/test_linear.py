@@ -259,3 +259,19 @@ def test_error_feedback_reaches_the_layer():
         quantize_model(model, Plan(parse_recipe("w4a8")), moments=moments)
         errors.append(relative(model.a.q_proj(x), want))
     assert errors[1] < 0.85 * errors[0], errors
+
+
+@pytest.mark.parametrize("recipe", ["w4a8", "w8", "w4a4", "a8"])
+def test_compiles_as_one_graph(recipe):
+    """After one ordinary call, which chooses the kernel; trackers stand still then."""
+    layer, _ = make(recipe)
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        with pytest.raises(Exception, match="once before it is compiled"):
+            torch.compile(copy.deepcopy(layer), backend="eager", fullgraph=True)(x)
+        layer(x)
+        seen = layer.state_dict()
+        want = layer.slot(x, layer.bias)
+        got = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(t, seen[key]) for key, t in layer.state_dict().items())

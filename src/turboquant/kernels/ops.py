@@ -125,8 +125,16 @@ def linear(
     state: LinearState,
     spec: LinearSpec,
 ) -> torch.Tensor:
-    """A linear layer with quantized operands; contract in `linear.linear`."""
-    return _linear_op("linear", spec, x.device)(x, weight, bias, recipe, state)
+    """A linear layer with quantized operands; contract in `linear.linear`.
+
+    While a model is compiled the choice of its last ordinary call stands: the compiler cannot trace the choosing.
+    """
+    if torch.compiler.is_compiling():
+        if state.run is None:
+            raise BackendError("call a quantized model once before it is compiled: that chooses its kernels")
+    else:
+        state.run = _linear_op("linear", spec, x.device)
+    return state.run(x, weight, bias, recipe, state)
 
 
 def _linear_op(op: str, spec: LinearSpec | None, device: torch.device) -> Any:

@@ -128,9 +128,6 @@ def tile_of(width: int) -> tuple[int, int, bool]:
     return 16, block, False
 
 
-_signs: dict[tuple[int, str], Tensor] = {}
-
-
 def fused_quantize(
     x: Tensor, *, norm: Tensor | None = None, eps: float = 1e-6, shift: float = 0.0, gate: Tensor | None = None
 ) -> Int8Rows:
@@ -159,14 +156,11 @@ def fused_quantize(
     m = flat.shape[0]
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     unit = torch.empty(m, 1, dtype=torch.float32, device=x.device)
-    key = (k, str(x.device))
-    if key not in _signs:
-        _signs[key] = signs(k, x.device)
     if m:
         mode = NORM if norm is not None else GATE if gate is not None else NOTHING
         other: Any = flat if second is None else second
         _kernel[(m,)](
-            flat, other, _signs[key], codes, unit, flat.stride(0), other.stride(0), eps, shift,
+            flat, other, signs(k, x.device), codes, unit, flat.stride(0), other.stride(0), eps, shift,
             hadamard_block(k) ** -0.5, K=k, P1=p1, P2=p2, BOTH=both, MODE=mode,
             WHOLE=triton.knobs.runtime.interpret, FIT=x.dtype == torch.bfloat16,
             num_warps=4 if p1 * p2 <= 4096 else 8,
