@@ -1,5 +1,6 @@
 """Linear ops: the reference against plain products, every backend that runs here against it, and who is chosen."""
 
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -168,3 +169,28 @@ def test_triton_kernel_in_the_interpreter():
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_native_rows_are_used_where_they_are_built(monkeypatch):
+    """The hook for `quantize_rows`: called with rows and block, its codes and units are what the product gets."""
+    from turboquant.maths.activations import encode_int8
+
+    module = importlib.import_module("turboquant.kernels.cpu.linear")
+
+    seen = []
+
+    def native(x, block):
+        seen.append((tuple(x.shape), block))
+        rows = encode_int8(x)
+        return rows.codes, rows.unit[:, 0]
+
+    monkeypatch.setattr(module, "_quantize_rows", lambda: native)
+    assert module.supports("quantize", SPEC, torch.device("cpu")) is None
+    x = torch.randn(2, 3, 96)
+    got, want = module.quantize(x, A8), encode_int8(x)
+    assert seen == [((6, 96), 32)] and torch.equal(got.codes, want.codes) and torch.equal(got.unit, want.unit)
+    module.quantize(x, A4)
+    module.quantize(x.double(), A8)
+    assert len(seen) == 1
+    monkeypatch.setattr(module, "_quantize_rows", lambda: None)
+    assert "no quantize_rows" in module.supports("quantize", SPEC, torch.device("cpu"))

@@ -153,3 +153,16 @@ def test_tracker_ignores_what_is_not_finite():
 def test_tracker_count():
     with pytest.raises(ValueError, match="count=20"):
         HotTracker(torch.ones(16), 20)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_decodes_to_nan_and_leaves_the_others_alone(bad):
+    x = torch.randn(3, 64)
+    want = encode_int8(x)
+    x[1, 5] = bad
+    rows = encode_int8(x)
+    assert rows.unit[1].isnan() and (rows.codes[1] == 0).all() and decode_int8(rows)[1].isnan().all()
+    assert torch.equal(rows.codes[::2], want.codes[::2])
+    four = encode_int4(x, 32, NONE, torch.empty(0))
+    got = decode_int4(four, NONE, torch.empty(0))
+    assert got[1].isnan().all() and got[::2].isfinite().all()

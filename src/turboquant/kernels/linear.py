@@ -14,6 +14,8 @@ from turboquant.maths.activations import Int4Rows, Int8Rows, decode_int4, decode
 from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class LinearSpec:

@@ -52,9 +52,15 @@ class Int4Rows:
         return out.flatten(-2).to(torch.int8)
 
 
+def _unit(x: Tensor) -> Tensor:
+    """(..., 1): the largest magnitude of a row over 127; NaN for a row that is not finite, whose output is NaN then."""
+    top = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(top.isfinite(), top.clamp_min(_TINY), torch.nan)
+
+
 def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    unit = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(_TINY)
-    return (x / unit).round().clamp(-127, 127).to(torch.int8), unit
+    unit = _unit(x)
+    return (x / unit).round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8), unit
 
 
 def encode_int8(x: Tensor) -> Int8Rows:
@@ -82,8 +88,8 @@ def encode_int4(x: Tensor, group: int, hot: Tensor, sigma: Tensor) -> Int4Rows:
     else:
         hot_codes, hot_unit = x[..., :0].to(torch.int8), torch.ones_like(x[..., :1])
     y = rotate(x)
-    unit = (y.abs().amax(-1, keepdim=True) / 127).clamp_min(_TINY)
-    g = (y / unit).unflatten(-1, (-1, group))
+    unit = _unit(y)
+    g = (y / unit).nan_to_num(0.0).unflatten(-1, (-1, group))
     low, high = g.amin(-1, keepdim=True), g.amax(-1, keepdim=True)
     best = torch.full_like(low, torch.inf)
     out = [torch.zeros_like(low)] * 2 + [torch.zeros_like(g)]

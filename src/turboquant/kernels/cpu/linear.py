@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels import linear as reference
+from turboquant.kernels.cpu import cache
 from turboquant.kernels.linear import Hot, LinearSpec, LinearState
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.maths.rotation import hadamard_block
@@ -27,11 +28,13 @@ rotate = reference.rotate
 
 @lru_cache(maxsize=1)
 def _quantize_rows() -> Any:
-    """The native module's fused rotation and rounding, (x, block) -> (int8 codes, fp32 unit); None without it."""
+    """The native module's fused rotation and rounding, (x (M, K), block) -> (int8 codes (M, K), fp32 units (M,));
+    None without it."""
     try:
-        return import_module("turboquant.kernels.cpu.quantize").quantize_rows
+        module: Any = import_module("turboquant.kernels.cpu.quantize")
     except ImportError:
         return None
+    return module.quantize_rows if cache._native is not None else None
 
 
 def supports(op: str, spec: Any, device: torch.device) -> str | None:
@@ -55,9 +58,9 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
 
 def quantize(x: Tensor, recipe: ActivationRecipe, hot: Hot | None = None) -> Int8Rows | Int4Rows:
     """Contract in `kernels.linear.quantize`."""
-    native = _quantize_rows()
-    if recipe.bits == 8 and native is not None:
-        codes, unit = native(x, hadamard_block(x.shape[-1]))
+    native, k = _quantize_rows(), x.shape[-1]
+    if recipe.bits == 8 and native is not None and k % 16 == 0 and x.dtype in reference.FLOATS:
+        codes, unit = native(x.reshape(-1, k), hadamard_block(k))
         return Int8Rows(codes.view(x.shape), unit.view(*x.shape[:-1], 1))
     return reference.quantize(x, recipe, hot)
 
