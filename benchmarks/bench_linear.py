@@ -120,7 +120,7 @@ def bench_shape(name: str, args: argparse.Namespace, failed: list[str]) -> list[
         rows.append(line(name, n, k, m, f"quantize-{kind}", quant[m], base[m], None, moved, args))
     for variant in args.variants:
         recipe, bits = VARIANTS[variant]
-        packed = PackedTensor.quantize(rotate(w.float()) if bits == 8 else w, recipe)
+        packed = PackedTensor.quantize(rotate(w.float()) if bits == 8 else w, recipe, None, bits == 8)
         copies = max(1, min(64, -(-COLD // packed.nbytes)))
         began = time.time()
         layers = [prepare(packed, bits, torch.bfloat16) for _ in range(copies)]

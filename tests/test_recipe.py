@@ -179,6 +179,8 @@ def test_linear_sizes():
     assert [w4.group_of(k) for k in (4096, 576, 896, 48)] == [128, 64, 128, 16]
     assert w4.bits_per_weight(4096) == 4.1875 and w8.bits_per_weight(4096) == 8.1875
     assert WeightRecipe(4, group=0).group_of(576) == 576
+    assert [w4.clips(r) for r in (False, True)] == [False, True] and not w8.clips(True)
+    assert WeightRecipe(4, clip=1).clips(False) and not WeightRecipe(4, clip=0).clips(True)
     a4 = ActivationRecipe(4)
     assert a4.hot_channels(576) == 36 and a4.bits_per_activation(512) == 4 + 0.5 + 0.5 + 64 / 512
     assert ActivationRecipe(8).hot_channels(576) == 0 and ActivationRecipe(4, ahot=0).hot_channels(576) == 0
@@ -196,7 +198,7 @@ def test_unknown_linear_recipe(text):
     [
         ("w4:group=24", ["group=24", "power of two"]),
         ("w4:group=8", ["group=8", "16 to 512"]),
-        ("w4:clip=2", ["clip=2", "0 or 1"]),
+        ("w4:clip=2", ["clip=2", "0, 1 or -1"]),
         ("w4:head=4", ["head=4", "0 or 8"]),
         ("a4:ahot=1", ["ahot=1", "from 2 to 1024"]),
         ("a4:agroup=8", ["agroup=8", "one of"]),

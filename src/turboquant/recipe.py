@@ -113,21 +113,21 @@ class WeightRecipe:
         bits: 4, one stage; or 8, two stages of 4 bit of which the first is a 4-bit weight by itself.
         group: weights along K that share a scale, a power of two from 16 to 512; 0 for a whole row. A K that the group
             does not divide gets the largest power of two that divides both (`group_of`).
-        clip: search the range of each 4-bit group for the smallest squared error, instead of minimum and maximum. Two
-            stages keep the full range: there a clipped weight would cost more than it buys.
+        clip: 1 to search the range of each 4-bit group for the smallest squared error, 0 for minimum and maximum, -1 to
+            search where the weight is rotated, that is, where inputs are quantized too (`clips`).
         head: also the output embeddings, in 8 bit (8) or not at all (0).
     """
 
     bits: int = 4
     group: int = 128
-    clip: int = 1
+    clip: int = -1
     head: int = 0
 
     def __post_init__(self) -> None:
         _need(self, self.bits in LINEAR_BITS, "bits", f"one of {LINEAR_BITS}")
         power = self.group > 0 and self.group & (self.group - 1) == 0
         _need(self, self.group == 0 or (16 <= self.group <= 512 and power), "group", "0 or a power of two, 16 to 512")
-        _need(self, self.clip in (0, 1), "clip", "0 or 1")
+        _need(self, self.clip in (-1, 0, 1), "clip", "0, 1 or -1 for the default")
         _need(self, self.head in (0, 8), "head", "0 or 8")
 
     @property
@@ -147,6 +147,14 @@ class WeightRecipe:
                 f"a linear layer with {width} inputs cannot be packed: the inputs must be a multiple of 8"
             )
         return group
+
+    def clips(self, rotated: bool) -> bool:
+        """Whether the range of a group is searched.
+
+        Unrotated, the large weights of a group often meet the large channels of the input, and the squared error of
+        weights alone is the wrong guide. Two stages keep the full range: a clipped weight would cost more than it buys.
+        """
+        return self.stages == 1 and (rotated if self.clip < 0 else self.clip == 1)
 
     def bits_per_weight(self, width: int) -> float:
         """True bits: codes, 16-bit scales and 8-bit zeros."""

@@ -29,7 +29,6 @@ def test_every_scheme_costs_something_and_more_with_fewer_bits(rows):
     order = [("a8", "a4"), ("w8", "w4"), ("w8a8", "w8a8kv4"), ("w8a8kv4", "w4a4kv4"), ("a8-token", "a4-token")]
     for less, more in (*order, ("w8", "nf4"), ("w8a8", "w8a8:head=8")):
         assert rows[less]["kl"] < rows[more]["kl"], (less, more)
-    assert rows["w4"]["kl"] < 1.1 * rows["w4-rtn"]["kl"], "the clipped grid is no worse than minimum and maximum"
 
 
 def test_bits_and_kernels(rows):

@@ -29,7 +29,7 @@ def test_quantize_and_sizes(shape, recipe):
     for name, t in p.tensors().items():
         assert (tuple(t.shape), t.dtype) == PackedTensor.specs(shape, recipe)[name]
     assert p.nbytes * 8 / w.numel() == pytest.approx(recipe.bits_per_weight(shape[-1]))
-    want = decode_weight(encode_weight(w, p.group, recipe.stages, bool(recipe.clip)))
+    want = decode_weight(encode_weight(w, p.group, recipe.stages, recipe.clips(False)))
     assert torch.equal(p.dequantize(), want)
     if len(shape) == 3:
         assert torch.equal(p.select(1).dequantize(), want[1])

@@ -91,12 +91,13 @@ class Slot:
         """A weight (..., N, K) as the buffers of this slot, which stay as they are; arguments as for `load`."""
         out: dict[str, Tensor] = {}
         if self.recipe.weights is not None:
-            turn = rotate if self.recipe.activations is not None else lambda x: x
+            rotated = self.recipe.activations is not None
+            turn = rotate if rotated else lambda x: x
             moment = None if moment is None else turn(turn(moment.float()).mT.contiguous())
             if w.dim() == 2:
-                packed = PackedTensor.quantize(turn(w.float()), self.recipe.weights, moment)
+                packed = PackedTensor.quantize(turn(w.float()), self.recipe.weights, moment, rotated)
             else:  # one expert at a time: the workspace of a whole stack would be several times the stack
-                some = [PackedTensor.quantize(turn(x.float()), self.recipe.weights) for x in w]
+                some = [PackedTensor.quantize(turn(x.float()), self.recipe.weights, None, rotated) for x in w]
                 parts = [torch.stack(p) for p in zip(*((s.codes, s.scale, s.zero) for s in some), strict=True)]
                 packed = PackedTensor(*parts)
             out = {self.name + key.removeprefix("weight"): t for key, t in packed.tensors().items()}

@@ -40,9 +40,11 @@ class PackedTensor:
         return dict(zip(NAMES, ((codes, torch.uint8), (fields, torch.float16), (fields, torch.uint8)), strict=True))
 
     @classmethod
-    def quantize(cls, w: Tensor, recipe: WeightRecipe, moment: Tensor | None = None) -> "PackedTensor":
-        """(..., N, K) of any float dtype; `moment` as in `encode_weight`."""
-        coded = encode_weight(w, recipe.group_of(w.shape[-1]), recipe.stages, bool(recipe.clip), moment)
+    def quantize(
+        cls, w: Tensor, recipe: WeightRecipe, moment: Tensor | None = None, rotated: bool = False
+    ) -> "PackedTensor":
+        """(..., N, K) of any float dtype; `moment` as in `encode_weight`, `rotated` if w is (`WeightRecipe.clips`)."""
+        coded = encode_weight(w, recipe.group_of(w.shape[-1]), recipe.stages, recipe.clips(rotated), moment)
         return cls(pack(coded.codes, 4), coded.scale, coded.zero)
 
     @property
