@@ -61,7 +61,9 @@ def relative(got, want):
 
 
 def load(folder, recipe="w8a8", **options):
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=TurboQuantConfig(recipe, **options))
+    """With the attention that the tiny models run: SDPA of older transformers leaves out Gemma 2's soft-cap."""
+    config = TurboQuantConfig(recipe, **options)
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", quantization_config=config)
 
 
 def floats(model):
@@ -77,7 +79,7 @@ def test_every_architecture_is_near_itself_and_comes_back_bit_for_bit(name, save
     got = logits(q, ids)
     assert 0 < relative(got, want) < 0.2
     q.save_pretrained(tmp_path / "packed")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager")
     assert torch.equal(logits(again, ids), logits(q, ids))
     assert again.config.quantization_config.recipe == "w8a8" and floats(again) == ["lm_head"]
 
@@ -91,7 +93,10 @@ def test_stacks_of_experts_are_quantized(kind, recipe, saved, tmp_path, ids):
     error = relative(logits(q, ids), logits(model, ids))
     assert 0 < error < (0.2 if recipe == "w8a8" else 1.2), error
     q.save_pretrained(tmp_path / "packed")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), ids), logits(q, ids))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager"), ids),
+        logits(q, ids),
+    )
 
 
 @pytest.mark.parametrize("recipe", ["w4", "w8", "w4a8", "w4a4", "a8", "a4", "w8a8:group=0", "w4a4:freeze=16,agroup=16"])
@@ -100,7 +105,7 @@ def test_recipes_round_trip(recipe, saved, tmp_path, ids):
     q = load(folder, recipe)
     logits(q, ids)
     q.save_pretrained(tmp_path / "packed")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager")
     for other in (ids, ids.flip(1)):
         assert torch.equal(logits(again, other), logits(q, other)), "with the tracker's state"
     assert relative(logits(q, ids), logits(model, ids)) > 0
@@ -129,7 +134,10 @@ def test_sharded_packed_checkpoint(saved, tmp_path, ids):
     q = load(folder)
     q.save_pretrained(tmp_path / "packed", max_shard_size="40KB")
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 2
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), ids), logits(q, ids))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager"), ids),
+        logits(q, ids),
+    )
 
 
 def test_bfloat16_and_the_cache_in_one(saved, tmp_path):
@@ -157,7 +165,9 @@ def test_output_embeddings(tied, saved, tmp_path, ids):
     assert relative(logits(q, ids), logits(model, ids)) < 0.2
     for n, m in (("tied", plain), ("head", q)):
         m.save_pretrained(tmp_path / n)
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / n), ids), logits(m, ids))
+        assert torch.equal(
+            logits(AutoModelForCausalLM.from_pretrained(tmp_path / n, attn_implementation="eager"), ids), logits(m, ids)
+        )
 
 
 def test_modules_and_overrides(saved, tmp_path, ids):
@@ -172,7 +182,10 @@ def test_modules_and_overrides(saved, tmp_path, ids):
         q.model.layers[0].mlp.down_proj.recipe.name == "w8a8" and q.model.layers[1].mlp.down_proj.recipe.name == "w4a8"
     )
     q.save_pretrained(tmp_path / "packed")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), ids), logits(q, ids))
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager"), ids),
+        logits(q, ids),
+    )
 
 
 def test_dequantize(saved, ids):
