@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turboquant.recipe import EXAMPLES, KV_BITS, KVRecipe, Recipe, RecipeError, parse_recipe
+from turboquant.recipe import (
+    EXAMPLES,
+    KV_BITS,
+    LINEAR_EXAMPLES,
+    ActivationRecipe,
+    KVRecipe,
+    Recipe,
+    RecipeError,
+    WeightRecipe,
+    parse_recipe,
+)
 
 
 def fails(text, *parts):
@@ -147,3 +157,61 @@ def test_option_without_value(text):
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         KVRecipe().ring = 3
+
+
+@pytest.mark.parametrize("text", LINEAR_EXAMPLES)
+def test_linear_examples_parse_to_themselves(text):
+    assert parse_recipe(text).name == text and parse_recipe(text).linear is not None
+
+
+def test_products_and_their_parts():
+    got = parse_recipe("w8a4k4v3:ring=64,group=64,ahot=8,freeze=100,head=8,clip=0")
+    assert got.weights == WeightRecipe(8, group=64, head=8, clip=0) and got.weights.stages == 2
+    assert got.activations == ActivationRecipe(4, ahot=8, freeze=100)
+    assert got.kv == KVRecipe(4, 3, ring=64)
+    assert parse_recipe(got.name) == got
+    assert got.linear == Recipe(None, got.weights, got.activations) and parse_recipe("kv4").linear is None
+    assert parse_recipe("a8plain4").kv.codec == "plain"
+
+
+def test_linear_sizes():
+    w4, w8 = WeightRecipe(4), WeightRecipe(8)
+    assert [w4.group_of(k) for k in (4096, 576, 896, 48)] == [128, 64, 128, 16]
+    assert w4.bits_per_weight(4096) == 4.1875 and w8.bits_per_weight(4096) == 8.1875
+    assert WeightRecipe(4, group=0).group_of(576) == 576
+    assert [w4.clips(r) for r in (False, True)] == [False, True] and not w8.clips(True)
+    assert WeightRecipe(4, clip=1).clips(False) and not WeightRecipe(4, clip=0).clips(True)
+    a4 = ActivationRecipe(4)
+    assert a4.hot_channels(576) == 36 and a4.bits_per_activation(512) == 4 + 0.5 + 0.5 + 64 / 512
+    assert ActivationRecipe(8).hot_channels(576) == 0 and ActivationRecipe(4, ahot=0).hot_channels(576) == 0
+    with pytest.raises(RecipeError, match="36 inputs"):
+        w4.group_of(36)
+
+
+@pytest.mark.parametrize("text", ["w5", "a3", "w4a16", "a8w4", "kv4w4", "w", "a", "w4a8kv5", "w4w4"])
+def test_unknown_linear_recipe(text):
+    fails(text, "unknown recipe", repr(text), str((4, 8)))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("w4:group=24", ["group=24", "power of two"]),
+        ("w4:group=8", ["group=8", "16 to 512"]),
+        ("w4:clip=2", ["clip=2", "0, 1 or -1"]),
+        ("w4:head=4", ["head=4", "0 or 8"]),
+        ("a4:ahot=1", ["ahot=1", "from 2 to 1024"]),
+        ("a4:agroup=8", ["agroup=8", "one of"]),
+        ("a4:freeze=-1", ["freeze=-1", "from 0"]),
+        ("w4a8:ring=3", ["unknown option 'ring'", "group"]),
+        ("w4a8:group=x", ["group='x'", "a whole number"]),
+    ],
+)
+def test_linear_option_out_of_range(text, parts):
+    fails(text, *parts)
+
+
+def test_wrong_linear_fields():
+    for make in (WeightRecipe, ActivationRecipe):
+        with pytest.raises(RecipeError, match="bits=5"):
+            make(5)

@@ -2,8 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +42,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Live 4-bit KV cache for transformer models: near-lossless, without calibration.",
+    help="4-bit inference for transformer models, live and without calibration: KV cache, weights, activations.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -60,6 +58,9 @@ OneText = Annotated[Path | None, typer.Option("--text", "-t", help="UTF-8 file. 
 Json = Annotated[str | None, typer.Option("--json", metavar="OUT", help="Write the rows as JSON; - for stdout.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="OUT", help="Write a page with tables and plots.")]
 Png = Annotated[Path | None, typer.Option("--png", metavar="OUT", help="Write the plot of one layer's key ranges.")]
+Feedback = Annotated[Path | None, typer.Option("--feedback", help="Text to collect second moments on.")]
+Keep = Annotated[list[str] | None, typer.Option("--keep", help="Modules that stay as they are.")]
+Override = Annotated[list[str] | None, typer.Option("--override", help="PATTERN=RECIPE, for some modules.")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
@@ -84,13 +85,15 @@ def main(
 
 
 def _console(json: str | None = None) -> Any:
-    """Standard output for people, unless JSON goes there."""
-    from rich.console import Console
+    from turboquant.evaluate.console import open_console
 
-    console = Console(stderr=json == "-", highlight=False)
-    if not console.is_terminal:
-        console.width = 160  # a file or a pipe has no width: nothing should be cut
-    return console
+    return open_console(json)
+
+
+def _progress(quiet: bool) -> Any:
+    from turboquant.evaluate.console import progress_bars
+
+    return progress_bars(quiet)
 
 
 def _prepare(threads: int | None, seed: int) -> None:
@@ -99,29 +102,6 @@ def _prepare(threads: int | None, seed: int) -> None:
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, done, of) that draws progress bars on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    tasks: dict[str, Any] = {}
-    bars = Progress(*columns, console=Console(stderr=True), disable=quiet)
-
-    def show(what: str, done: int, of: int) -> None:
-        bars.start()  # not before there is something to show
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=of)
-        bars.update(tasks[what], completed=done, total=of)
-
-    try:
-        yield show
-    finally:
-        if tasks:
-            bars.stop()
 
 
 def _put_json(out: str | None, value: Any) -> None:
@@ -259,17 +239,83 @@ def inspect(
     """
     net, tokenizer = _load(model, dtype, device, threads, seed, recipe, [text] if text else [], (json, png, html))
     from turboquant.evaluate import report
+    from turboquant.evaluate.inputs import linear_inputs
     from turboquant.evaluate.texts import bundled
     from turboquant.evaluate.tracking import tracking
 
     with _progress(quiet) as show:
         found = tracking(net, tokenizer, text or bundled(), recipe, tokens, show)
+        layers = linear_inputs(net, tokenizer, text or bundled(), recipe, tokens, show)
     rows = found.rows()
     console = _console(json)
     console.print(report.table("What the tracker follows", rows, report.TRACK))
     console.print(report.table("Relative error by layer", found.errors, report.ERRORS))
+    if layers:
+        console.print(report.table("Linear layers, each by itself", layers, report.INPUTS))
     report.inspection_files(found, model, png, html)
-    _put_json(json, {"tracker": rows, "errors": found.errors})
+    _put_json(json, {"tracker": rows, "errors": found.errors} | ({"linear": layers} if layers else {}))
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the quantized model.", show_default=False)],
+    recipe: OneRecipe = "w4a8kv4",
+    keep: Keep = None,
+    override: Override = None,
+    feedback: Feedback = None,
+    json: Json = None,
+    quiet: Quiet = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+) -> None:
+    """Quantize a model's weights and save it; `from_pretrained(OUT)` loads it.
+
+    Example: turboquant quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-w4 --recipe w4a8kv4
+    """
+    from turboquant.evaluate import quantizing, report
+    from turboquant.evaluate.results import check_output
+
+    check_output(json)
+    overrides = dict(item.rpartition("=")[::2] for item in override or [])
+    with _progress(quiet) as show:
+        rows, summary = quantizing.quantize(model, out, recipe, keep or [], overrides, feedback, dtype, device, show)
+    console = _console(json)
+    console.print(report.table("Weights", rows, report.LAYERS))
+    console.print(report.table("In all (bytes)", [summary], report.SUMMARY))
+    _put_json(json, {"summary": summary, "weights": rows})
+
+
+@app.command()
+def bench(
+    model: Model,
+    recipe: Recipes = ["w4a8kv4"],  # noqa: B006
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
+    new: Annotated[int, typer.Option(min=1, help="Tokens decoded after it.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs, of which the median counts.")] = 3,
+    json: Json = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="OUT", help="Write a plot.")] = None,
+    quiet: Quiet = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    threads: Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Time prefill and decode of recipes against the model as it is, in one run, and count bytes.
+
+    Example: turboquant bench HuggingFaceTB/SmolLM2-135M-Instruct --recipe w4a8kv4 --json bench.json --png bench.png
+    """
+    net, _ = _load(model, dtype, device, threads, seed, recipe, [], (json, png))
+    from turboquant.evaluate import plots, report, results, speed
+
+    with _progress(quiet) as show:
+        rows = speed.bench(net, recipe, prompt, new, batch, repeats, show)
+    console = _console(json)
+    console.print(report.table(f"Speed and bytes, {rows[0]['dtype']} on {rows[0]['device']}", rows, report.SPEED))
+    if png:
+        results.write(png, plots.speed_plot(rows))
+    _put_json(json, rows)
 
 
 @app.command()
@@ -334,9 +380,11 @@ def recipes(json: Json = None) -> None:
 
     rows = report.recipe_rows()
     console = _console(json)
-    console.print(report.table("Recipes and schemes to compare with", rows, report.RECIPES))
+    linear = report.linear_recipe_rows()
+    console.print(report.table("Caches: recipes and schemes to compare with", rows, report.RECIPES))
+    console.print(report.table("Linear layers: recipes and schemes to compare with", linear, report.LINEAR_RECIPES))
     console.print(report.RECIPE_HELP, markup=False)
-    _put_json(json, rows)
+    _put_json(json, [*rows, *linear])
 
 
 if __name__ == "__main__":

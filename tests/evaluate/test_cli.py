@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from turboquant import __version__
 from turboquant.cli import app
 
-COMMANDS = ("generate", "eval", "inspect", "doctor", "demo", "recipes")
+COMMANDS = ("generate", "eval", "inspect", "quantize", "bench", "doctor", "demo", "recipes")
 
 
 def run(*arguments):
@@ -50,6 +50,8 @@ def test_recipes_lists_true_bits():
     rows = {r["recipe"]: r for r in json.loads(run("recipes", "--json", "-").stdout)}
     assert rows["kv4"]["key_bits_128"] == pytest.approx(4.59, abs=0.01)
     assert rows["kivi-g32"]["key_bits_64"] == 5
+    assert rows["w4a8kv4"]["weight_bits_4096"] == 4.1875 and rows["a4"]["activation_bits_4096"] < 5.1
+    assert rows["nf4"]["weight_bits_4096"] == 4.5
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ SCHEMA = {
     "cache_bytes": int, "ring_bytes": int, "state_bytes": int, "base_cache_bytes": int,
     "ppl_base": float, "ppl": float, "dppl_percent": float, "dppl_se": float, "kl": float, "kl_se": float,
     "top1": float, "top1_se": float, "match": float, "match_se": float,
-    "key_bits": float, "value_bits": float, "seconds": float,
+    "key_bits": float, "value_bits": float, "weight_bits": float, "activation_bits": float, "seconds": float,
 }  # fmt: skip
 
 

@@ -356,5 +356,5 @@ def test_quantization_config_says_what_is_wrong():
     assert TurboQuantConfig().recipe == "kv4"
     with pytest.raises(RecipeError, match="Did you mean 'kv4'"):
         TurboQuantConfig("kv5x")
-    with pytest.raises(ValueError, match=r"takes recipe=\.\.\., got also \['bits'\]"):
+    with pytest.raises(ValueError, match=r"takes recipe=\.\.\., .* got also \['bits'\]"):
         TurboQuantConfig("kv4", bits=4)

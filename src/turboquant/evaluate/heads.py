@@ -54,7 +54,7 @@ class Head:
 
     def slices(self, hidden: Tensor) -> Iterator[slice]:
         """Slices of rows (n, hidden) whose logits fit the workspace."""
-        vocabulary = self.linear.weight.shape[0]
+        vocabulary = self.linear.out_features
         step = max(1, SLICE_LOGITS.get(hidden.device.type, 1 << 24) // vocabulary)
         for i in range(0, hidden.shape[0], step):
             yield slice(i, min(i + step, hidden.shape[0]))
@@ -64,18 +64,19 @@ class Head:
         parts = [-self.log_probs(hidden[s]).gather(1, target[s].unsqueeze(1)).squeeze(1) for s in self.slices(hidden)]
         return torch.cat(parts)
 
-    def compare(self, base: Tensor, hidden: Tensor) -> Tensor:
+    def compare(self, base: Tensor, hidden: Tensor, changed: "Head | None" = None) -> Tensor:
         """What a changed hidden state does to the next-token distribution.
 
         Args:
             base, hidden: (n, hidden) states of the unchanged and of the changed model.
+            changed: the head of the changed model, by default this one.
 
         Returns:
             (3, n) fp32: KL(base ‖ changed) in nats, 1 where the most likely tokens agree, and 1 - total variation.
         """
         parts = []
         for s in self.slices(base):
-            p, q = self.log_probs(base[s]), self.log_probs(hidden[s])
+            p, q = self.log_probs(base[s]), (changed or self).log_probs(hidden[s])
             top = (p.argmax(-1) == q.argmax(-1)).float()
             q -= p  # log of the ratio; in place, for these are the largest tensors there are
             p.exp_()

@@ -16,7 +16,8 @@ import torch
 from turboquant.evaluate.attention import implementation
 from turboquant.evaluate.baselines import Baseline
 from turboquant.evaluate.errors import EvaluateError
-from turboquant.evaluate.fidelity import BASE, scheme, scheme_name
+from turboquant.evaluate.fidelity import BASE, Scheme, scheme, scheme_name
+from turboquant.evaluate.linear import linear_scheme
 from turboquant.evaluate.texts import bundled, encode, read_texts
 from turboquant.recipe import Recipe
 
@@ -69,16 +70,17 @@ def needle(
     rows = []
     for s in plan:
         done = 0
-        for depth, prompts in tasks.items():
-            began = time.perf_counter()
-            found = 0
-            for prompt, number in prompts:
-                found += _number(_answer(model, tokenizer, s, prompt)) == number
-                done += 1
-                if progress:
-                    progress(f"needle, {scheme_name(s)}", done, n * len(depths))
-            row = {"recipe": scheme_name(s), "ctx": ctx, "depth": depth, "n": n, "found": found}
-            rows.append(row | {"accuracy": 100 * found / n, "seconds": round(time.perf_counter() - began, 2)})
+        with linear_scheme(model, s):
+            for depth, prompts in tasks.items():
+                began = time.perf_counter()
+                found = 0
+                for prompt, number in prompts:
+                    found += _number(_answer(model, tokenizer, s, prompt)) == number
+                    done += 1
+                    if progress:
+                        progress(f"needle, {scheme_name(s)}", done, n * len(depths))
+                row = {"recipe": scheme_name(s), "ctx": ctx, "depth": depth, "n": n, "found": found}
+                rows.append(row | {"accuracy": 100 * found / n, "seconds": round(time.perf_counter() - began, 2)})
     return rows
 
 
@@ -117,7 +119,7 @@ def _prompt(tokenizer: Any, text: str, question: str) -> list[int]:
     return tokenizer(f"{body}\nAnswer: The secret number is", verbose=False)["input_ids"]
 
 
-def _answer(model: Any, tokenizer: Any, s: "str | Baseline | Recipe", prompt: torch.Tensor) -> str:
+def _answer(model: Any, tokenizer: Any, s: Scheme, prompt: torch.Tensor) -> str:
     """Greedy answer under a scheme."""
     from turboquant.integrations.transformers import TurboQuantCache
 
@@ -125,7 +127,7 @@ def _answer(model: Any, tokenizer: Any, s: "str | Baseline | Recipe", prompt: to
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": ANSWER_TOKENS}
     options["pad_token_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with implementation(model, s.attention if isinstance(s, Baseline) else None):
-        if isinstance(s, Recipe):
+        if isinstance(s, Recipe) and s.kv is not None:
             options["past_key_values"] = TurboQuantCache(model, s)
         elif isinstance(s, Baseline):
             options["use_cache"] = False

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from turboquant.evaluate.attention import implementation
-from turboquant.evaluate.baselines import Baseline
 from turboquant.evaluate.errors import EvaluateError
 from turboquant.evaluate.fidelity import BASE, scheme, scheme_name
 from turboquant.recipe import Recipe
@@ -38,7 +37,7 @@ def memory(
     if tokens < 1 or batch < 1:
         raise EvaluateError(f"tokens={tokens}, batch={batch} is not allowed: both must be at least 1")
     plan = [scheme(r) for r in recipes]
-    if any(isinstance(s, Baseline) for s in plan):
+    if any(not (s == BASE or (isinstance(s, Recipe) and s.kv)) for s in plan):
         raise EvaluateError("only recipes have a cache that can be measured; baselines are computed, not stored")
     size = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, size, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(model.device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from turboquant.evaluate.baselines import BASELINES
+from turboquant.evaluate.linear import LINEAR_BASELINES
 from turboquant.evaluate.tracking import LayerTrack, Tracking
 
 # Okabe and Ito's colours, which people with any common colour vision tell apart; yellow left out on white
@@ -55,9 +56,13 @@ def fidelity_plot(rows: Sequence[dict[str, Any]]) -> Any:
     """KL divergence (log scale) against the mean bits of a stored key or value number; filled: this library's."""
     figure, ax = _figure(7.2, 4.4)
     points = [r for r in rows if r["recipe"] != "base" and r["kl"]]
+    cache = all(r.get(name, 16) >= 16 for r in points for name in ("weight_bits", "activation_bits"))
+    known = (*BASELINES, *LINEAR_BASELINES)
     placed: list[tuple[float, float]] = []
     for r in sorted(points, key=lambda r: r["kl"]):
-        bits, ours = (r["key_bits"] + r["value_bits"]) / 2, r["recipe"] not in BASELINES
+        bits, ours = (r["key_bits"] + r["value_bits"]) / 2, r["recipe"] not in known
+        if not cache:  # linear layers are in it
+            bits = (r["weight_bits"] + r["activation_bits"] + bits) / 3
         colour = COLOURS[points.index(r) % len(COLOURS)]  # the order of the rows, as in `errors_plot`
         ax.errorbar(bits, r["kl"], yerr=2 * (r["kl_se"] or 0), color=colour, lw=1, capsize=2)
         face = colour if ours else "white"
@@ -70,12 +75,14 @@ def fidelity_plot(rows: Sequence[dict[str, Any]]) -> Any:
     ax.set_yscale("log")
     if points:
         ax.set_xlim(right=ax.get_xlim()[1] + 0.25 * (ax.get_xlim()[1] - ax.get_xlim()[0]))
-    ax.set_xlabel("bits per stored number, everything in the pages counted")
+    ax.set_xlabel(
+        "bits per number" + (", everything in the pages counted" if cache else ": weights, inputs, cache; mean")
+    )
     ax.set_ylabel("KL divergence from the\nunquantized model (nats)")
     ax.set_title(f"Fidelity against bits: {_about(rows)}")
     handles = [
         ax.scatter([], [], s=50, marker=m, color="#444444", facecolor=f, label=name)
-        for m, f, name in (("o", "#444444", "live, from this library's cache"), ("s", "white", "to compare with"))
+        for m, f, name in (("o", "#444444", "this library's"), ("s", "white", "to compare with"))
     ]
     ax.legend(handles=handles, loc="best", fontsize=9)
     return figure
@@ -212,3 +219,25 @@ def most_telling(tracking: Tracking) -> tuple[LayerTrack, int]:
         if float(peak[head]) > best:
             best, where = float(peak[head]), (track, head)
     return where
+
+
+@_styled
+def speed_plot(rows: Sequence[dict[str, Any]]) -> Any:
+    """Tokens a second of prefill and decode, and bytes read for one decode step, a bar a recipe; rows of `bench`."""
+    figure, axes = _figure(9.6, 1.3 + 0.45 * len(rows), ncols=3, sharey=True)
+    names = [r["recipe"] for r in rows]
+    parts = (
+        ("prefill_tokens_per_second", 1, "prefill, tokens/s"),
+        ("decode_tokens_per_second", 1, "decode, tokens/s"),
+        ("moved_bytes", 2**20, "read for one token, MiB"),
+    )
+    for ax, (key, unit, title), colour in zip(axes, parts, COLOURS, strict=False):
+        ax.barh(names, [r[key] / unit for r in rows], color=colour, height=0.62)
+        for r in rows:
+            ax.annotate(f"{r[key] / unit:,.1f}", (r[key] / unit, r["recipe"]), (4, 0), textcoords="offset points",
+                        va="center", fontsize=8)  # fmt: skip
+        ax.set_xlim(0, max(r[key] for r in rows) / unit * 1.25)
+        ax.grid(axis="y", visible=False)
+        ax.set_title(title)
+    axes[0].invert_yaxis()
+    return figure

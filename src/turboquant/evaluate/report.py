@@ -13,6 +13,8 @@ Columns = Sequence[tuple[str, str, str]]  # (heading, key of the row, format)
 
 FIDELITY: Columns = (
     ("recipe", "recipe", "{}"),
+    ("bits W", "weight_bits", "{:.2f}"),
+    ("bits A", "activation_bits", "{:.2f}"),
     ("bits K", "key_bits", "{:.2f}"),
     ("bits V", "value_bits", "{:.2f}"),
     ("PPL", "ppl", "{:.3f}"),
@@ -65,10 +67,58 @@ RECIPES: Columns = (
     ("K, d=128", "key_bits_128", "{:.2f}"),
     ("V, d=128", "value_bits_128", "{:.2f}"),
 )
-RECIPE_HELP = """Recipes: kvB, kKvV and plainB with B, K, V in 2, 3, 4, 8, and options as in kv4:ring=64,sinks=0,hot=8
-(page, hot, ring, sinks, rewind, decay, blend). Bits count everything in a page; the ring of 16-bit tokens is reported
-beside them. In `eval` and `inspect`, plain3 and plain4 alone are the paper without pages and ring; plain4:ring=128 is
-the recipe, as `generate` runs it."""
+LAYERS: Columns = (
+    ("weight", "name", "{}"),
+    ("recipe", "recipe", "{}"),
+    ("shape", "shape", "{}"),
+    ("bits", "bits", "{:.3f}"),
+    ("bytes", "bytes", "{:,}"),
+    ("before", "bytes_before", "{:,}"),
+    ("error", "error", "{:.4f}"),
+)
+SUMMARY: Columns = (
+    ("recipe", "recipe", "{}"),
+    ("weights", "weights", "{}"),
+    ("bits/weight", "bits_per_weight", "{:.3f}"),
+    ("linear layers", "linear_bytes", "{:,}"),
+    ("before", "linear_before", "{:,}"),
+    ("model", "model_bytes", "{:,}"),
+    ("before", "model_before", "{:,}"),
+    ("on disk", "folder_bytes", "{:,}"),
+    ("error", "error", "{:.4f}"),
+)
+SPEED: Columns = (
+    ("recipe", "recipe", "{}"),
+    ("prefill tok/s", "prefill_tokens_per_second", "{:,.1f}"),
+    ("×", "prefill_speedup", "{:.2f}"),
+    ("decode tok/s", "decode_tokens_per_second", "{:,.1f}"),
+    ("×", "decode_speedup", "{:.2f}"),
+    ("weights", "weight_bytes", "{:,}"),
+    ("cache", "cache_bytes", "{:,}"),
+    ("read a step", "moved_bytes", "{:,}"),
+    ("of base", "moved_share", "{:.0%}"),
+    ("linear", "linear_kernel", "{}"),
+    ("cache kernel", "cache_kernel", "{}"),
+)
+INPUTS: Columns = (
+    ("layer", "layer", "{}"),
+    ("recipe", "recipe", "{}"),
+    ("channels max/median", "spread", "{:.1f}"),
+    ("peak/RMS", "peak", "{:.1f}"),
+    ("weight error", "weight_error", "{:.4f}"),
+    ("output error", "output_error", "{:.4f}"),
+)
+LINEAR_RECIPES: Columns = (
+    ("name", "recipe", "{}"),
+    ("what", "what", "{}"),
+    ("bits W, K=4096", "weight_bits_4096", "{:.2f}"),
+    ("bits A, K=4096", "activation_bits_4096", "{:.2f}"),
+)
+RECIPE_HELP = """Recipes: kvB, kKvV and plainB with B, K, V in 2, 3, 4, 8; wB and aB with B in 4, 8; products
+in the order w4a8kv4. Options as in kv4:ring=64,sinks=0,hot=8 (of the cache: page, hot, ring, sinks, rewind,
+decay, blend; of weights: group, clip, head; of activations: ahot, agroup, freeze). Bits count everything
+that is stored for a page or a weight; the ring of 16-bit tokens is reported beside them. In `eval` and `inspect`,
+plain3 and plain4 alone are the paper without pages and ring; plain4:ring=128 is the recipe, as `generate` runs it."""
 
 
 def cells(rows: Sequence[dict[str, Any]], columns: Columns) -> tuple[list[str], list[list[str]]]:
@@ -218,4 +268,22 @@ def recipe_rows() -> list[dict[str, Any]]:
     for b in BASELINES.values():
         rows.append({"recipe": b.name, "what": "to compare with"})
         rows[-1] |= {f"{n}_bits_{d}": getattr(b, f"{n}_bits")(d) for n in ("key", "value") for d in (64, 128)}
+    return rows
+
+
+def linear_recipe_rows() -> list[dict[str, Any]]:
+    """Recipes and baselines of linear layers with their true bits at 4096 inputs."""
+    from turboquant.evaluate.linear import LINEAR_BASELINES
+    from turboquant.recipe import LINEAR_EXAMPLES, parse_recipe
+
+    rows: list[dict[str, Any]] = []
+    for name in LINEAR_EXAMPLES:
+        r = parse_recipe(name)
+        weights = r.weights.bits_per_weight(4096) if r.weights else 16.0
+        activations = r.activations.bits_per_activation(4096) if r.activations else 16.0
+        what = "with the cache " + r.kv.name if r.kv else "linear layers"
+        rows.append({"recipe": name, "what": what, "weight_bits_4096": weights, "activation_bits_4096": activations})
+    for b in LINEAR_BASELINES.values():
+        bits = {"weight_bits_4096": b.weight_bits(4096), "activation_bits_4096": b.activation_bits(4096)}
+        rows.append({"recipe": b.name, "what": "to compare with"} | bits)
     return rows

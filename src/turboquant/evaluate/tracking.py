@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from turboquant.evaluate.attention import implementation, register
 from turboquant.evaluate.baselines import Baseline
 from turboquant.evaluate.errors import EvaluateError
-from turboquant.evaluate.fidelity import BASE, scheme, scheme_name
+from turboquant.evaluate.fidelity import scheme, scheme_name
 from turboquant.evaluate.texts import read_texts, windows
 from turboquant.kernels.reference import decode_page_keys, decode_page_values, encode_pages
 from turboquant.maths.tracker import ChannelTracker, page_stats
@@ -83,7 +83,7 @@ def tracking(
     Raises:
         EvaluateError, RecipeError: before any work; the text must hold `tokens` tokens, at least two pages.
     """
-    plan = [s for s in map(scheme, recipes) if s != BASE]
+    plan = [s for s in map(scheme, recipes) if isinstance(s, Baseline) or (isinstance(s, Recipe) and s.kv)]
     live = [s.kv for s in plan if isinstance(s, Recipe) and s.kv is not None and s.kv.codec == "live"]
     kv = live[0] if live else KVRecipe()
     if tokens < 2 * kv.page:

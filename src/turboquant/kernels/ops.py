@@ -1,14 +1,16 @@
 """The ops that layers call, and the choice of the backend that runs them.
 
 A backend is a module with functions of the same names and signatures; it may lack some, or refuse some arguments by
-saying why in its `supports(op, layout, device)` (None: it can). What was asked for runs, or an error says why not;
-with "auto" the first backend that can runs, and `explain()` names it. The backends in OPTIONAL run only when asked for.
+saying why in its `supports(op, layout, device)` (None: it can). Of the cache ops, its `DTYPES`, where it has one, are
+the cache dtypes it serves, `GRADIENTS = False` says that it computes none, and `serves(op, layout, tokens, masked)`
+says why not for chunks that it does not take. What was asked for runs, or an error says why not; with "auto" the first
+backend that can runs, and `explain()` names it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -16,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from turboquant.kernels.linear import LinearSpec, LinearState
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
-from turboquant.recipe import parse_recipe
+from turboquant.packed.tensor import PackedTensor
+from turboquant.recipe import ActivationRecipe, parse_recipe
 
 OPS = ("cache_append", "cache_attention")
-BACKENDS = ("triton", "reference")  # in order of preference
-OPTIONAL = ("cpu",)  # never chosen by "auto"
-INTERPRETED = {"triton": "cpu"}  # device type on which a backend is an interpreter, which "auto" does not choose either
+LINEAR_OPS = ("rotate", "quantize", "linear")
+BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+INTERPRETED = {"triton": "cpu"}  # device type on which a backend is an interpreter, which "auto" does not choose
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
 
 
@@ -31,15 +35,43 @@ class BackendError(RuntimeError):
     """A backend was asked for that cannot run here; the message says why."""
 
 
-def _refusal(name: str, op: str, layout: PageLayout | None, device: torch.device) -> str | None:
+@dataclass(frozen=True)
+class Chunk:
+    """What decides on the backend of a cache op beside layout and device.
+
+    dtype: of the cache, None for any. grad: an argument requires a gradient. tokens: of the chunk. masked: it has
+    padding or a mask.
+    """
+
+    dtype: torch.dtype | None = None
+    grad: bool = False
+    tokens: int = 1
+    masked: bool = False
+
+
+def _refusal(
+    name: str, op: str, layout: PageLayout | LinearSpec | None, device: torch.device, chunk: Chunk
+) -> str | None:
     """None if the backend can run the op, else the reason."""
     module = import_module(f"turboquant.kernels.{name}")
     supports = getattr(module, "supports", None)
-    why = supports(op, layout, device) if supports else None
-    return why or (None if hasattr(module, op) else f"{name} has no {op}")
+    why: str | None = supports(op, layout, device) if supports else None
+    if why is None and not hasattr(module, op):
+        why = f"{name} has no {op}"
+    if why is not None or op in LINEAR_OPS:
+        return why
+    if chunk.grad and not getattr(module, "GRADIENTS", True):
+        return f"{name} computes no gradients, and an argument requires one"
+    dtypes = getattr(module, "DTYPES", None)
+    if chunk.dtype is not None and dtypes is not None and chunk.dtype not in dtypes:
+        return f"{name} serves no {str(chunk.dtype).removeprefix('torch.')} cache"
+    serves = getattr(module, "serves", None)
+    return serves(op, layout, chunk.tokens, chunk.masked) if serves else None
 
 
-def choose(op: str, layout: PageLayout | None, device: torch.device) -> tuple[str, str]:
+def choose(
+    op: str, layout: PageLayout | LinearSpec | None, device: torch.device, chunk: Chunk | None = None
+) -> tuple[str, str]:
     """(backend, reason) for an op.
 
     Raises:
@@ -48,7 +80,7 @@ def choose(op: str, layout: PageLayout | None, device: torch.device) -> tuple[st
     forced = _forced.get()
     reasons: list[str] = []
     for name in BACKENDS if forced == "auto" else (forced,):
-        why = _refusal(name, op, layout, device)
+        why = _refusal(name, op, layout, device, chunk or Chunk())
         if why is None and forced == "auto" and INTERPRETED.get(name) == device.type:
             why = f"{name}: its interpreter runs only with use_backend({name!r})"
         if why is None:
@@ -60,7 +92,7 @@ def choose(op: str, layout: PageLayout | None, device: torch.device) -> tuple[st
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the context every op runs on this backend or raises BackendError; "auto" is the default choice."""
-    known = ("auto", *BACKENDS, *OPTIONAL)
+    known = ("auto", *BACKENDS)
     if name not in known:
         raise BackendError(f"backend {name!r} is not known: choose one of {known}")
     token = _forced.set(name)
@@ -70,39 +102,71 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def explain(layout: PageLayout | None = None, device: torch.device | str = "cpu") -> list[dict[str, str]]:
-    """Which kernel runs each op, and what could on request: rows of {"op", "kernel", "device", "why"}."""
-    device = torch.device(device)
+def explain(
+    layout: PageLayout | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> list[dict[str, str]]:
+    """Which kernel runs each cache op on single tokens, and why none before it: rows of {"op", "kernel", "device", "why"}.
+
+    Args:
+        layout, device, dtype: of the cache; without a dtype, one that every backend serves.
+    """
+    return _explain(OPS, layout, torch.device(device), Chunk(dtype))
+
+
+def explain_linear(spec: LinearSpec, device: torch.device | str = "cpu") -> list[dict[str, str]]:
+    """Which kernel runs each op of a linear layer, and why the ones before it do not: rows as of `explain`."""
+    return _explain(LINEAR_OPS, spec, torch.device(device), Chunk())
+
+
+def _explain(
+    ops: tuple[str, ...], layout: PageLayout | LinearSpec | None, device: torch.device, chunk: Chunk
+) -> list[dict[str, str]]:
     rows = []
-    for op in OPS:
-        name, why = choose(op, layout, device)
-        for other in OPTIONAL if _forced.get() == "auto" else ():
-            why += "; " + (_refusal(other, op, layout, device) or f"{other}: with use_backend({other!r})")
+    for op in ops:
+        name, why = choose(op, layout, device, chunk)
         rows.append({"op": op, "kernel": name, "device": str(device), "why": why})
     return rows
 
 
-def _call(op: str, buf: Any, layout: PageLayout, *args: Any, **kwargs: Any) -> Any:
-    name, _ = choose(op, layout, buf.ring_k.device)
-    return getattr(import_module(f"turboquant.kernels.{name}"), op)(buf, layout, *args, **kwargs)
+# ---- the cache
 
 
-def cache_append(buf: Any, layout: PageLayout, *args: Any, **kwargs: Any) -> None:
+def _call(op: str, buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Any:
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    masked = any(x is not None for x in args[:2] if x is None or isinstance(x, Tensor))  # valid, mask
+    name, _ = choose(op, layout, q.device, Chunk(buf.ring_k.dtype, grad, k.shape[2], masked))
+    return getattr(import_module(f"turboquant.kernels.{name}"), op)(buf, layout, q, k, v, *args)
+
+
+def cache_append(buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
     """Add a chunk to a layer's cache; contract in `reference.cache_append`."""
     if torch.compiler.is_compiling():
-        torch.ops.turboquant.cache_append(*_tensors(buf), layout.kv.name, *args, **kwargs)
+        torch.ops.turboquant.cache_append(*_tensors(buf), layout.kv.name, q, k, v, valid)
     else:
-        _call("cache_append", buf, layout, *args, **kwargs)
+        _call("cache_append", buf, layout, q, k, v, valid)
 
 
-def cache_attention(buf: Any, layout: PageLayout, *args: Any, **kwargs: Any) -> Tensor:
+def cache_attention(
+    buf: Any,
+    layout: PageLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None = None,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
     """Attend to a layer's cache and the chunk; contract in `reference.cache_attention`."""
+    args = (q, k, v, valid, mask, scaling, window, softcap, sink_logits)
     if torch.compiler.is_compiling():
-        return torch.ops.turboquant.cache_attention(*_tensors(buf), layout.kv.name, *args, **kwargs)
-    return _call("cache_attention", buf, layout, *args, **kwargs)
+        return torch.ops.turboquant.cache_attention(*_tensors(buf), layout.kv.name, *args)
+    return _call("cache_attention", buf, layout, *args)
 
 
-# ---- the same as operators of torch, which torch.compile keeps whole; buffers are passed as tensors
+# The same as operators of torch, which torch.compile keeps whole; buffers are passed as tensors.
 
 _NAMES = tuple(f.name for f in fields(CacheBuffers))
 _WRITTEN = tuple(n for n in _NAMES if n != "table")
@@ -150,3 +214,46 @@ def _(*args: Any, **kwargs: Any) -> None:
 @_attention_operator.register_fake
 def _(*args: Any, **kwargs: Any) -> Tensor:
     return torch.empty(args[11].shape, dtype=args[11].dtype, device=args[11].device)  # q
+
+
+# ---- linear layers
+
+
+def rotate(x: Tensor, spec: LinearSpec | None = None) -> Tensor:
+    """The rotation of a layer's input; contract in `linear.rotate`."""
+    return _linear_op("rotate", spec, x.device)(x)
+
+
+def quantize(x: Tensor, recipe: ActivationRecipe, *args: Any, spec: LinearSpec | None = None) -> Any:
+    """Codes of a layer's input; contract in `linear.quantize`."""
+    return _linear_op("quantize", spec, x.device)(x, recipe, *args)
+
+
+def linear(
+    x: Tensor,
+    weight: PackedTensor | Tensor,
+    bias: Tensor | None,
+    recipe: ActivationRecipe | None,
+    state: LinearState,
+    spec: LinearSpec,
+) -> Tensor:
+    """A linear layer with quantized operands; contract in `linear.linear`.
+
+    While a model is compiled the choice of its last ordinary call stands: the compiler cannot trace the choosing.
+    """
+    if torch.compiler.is_compiling():
+        if state.run is None:
+            raise BackendError("call a quantized model once before it is compiled: that chooses its kernels")
+    else:
+        state.run = _linear_op("linear", spec, x.device)
+    return state.run(x, weight, bias, recipe, state)
+
+
+def _linear_op(op: str, spec: LinearSpec | None, device: torch.device) -> Any:
+    name = _chosen(op, spec, device, _forced.get())
+    return getattr(import_module(f"turboquant.kernels.{name}"), op)
+
+
+@lru_cache(maxsize=4096)
+def _chosen(op: str, spec: LinearSpec | None, device: torch.device, forced: str) -> str:
+    return choose(op, spec, device)[0]

@@ -34,8 +34,14 @@ def _sign_list(width: int) -> tuple[float, ...]:
 
 
 def signs(width: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-    """The fixed ±1 diagonal for this width, shape (width,)."""
-    return torch.tensor(_sign_list(width), device=device, dtype=dtype)
+    """The fixed ±1 diagonal for this width, shape (width,); kept from call to call, not to be written to."""
+    return _signs(width, torch.device(device), dtype)
+
+
+@lru_cache(maxsize=64)
+def _signs(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # a tensor of inference mode could not be used outside it
+        return torch.tensor(_sign_list(width), device=device, dtype=dtype)
 
 
 def hadamard(x: Tensor, block: int | None = None) -> Tensor:
@@ -52,16 +58,19 @@ def hadamard(x: Tensor, block: int | None = None) -> Tensor:
     x, half = x.detach(), 1
     while half < block:
         a, b = x.reshape(-1, width // (2 * half), 2, half).unbind(2)
-        y = x.new_empty(a.shape[0], a.shape[1], 2, half)
-        torch.add(a, b, out=y[:, :, 0])
-        torch.sub(a, b, out=y[:, :, 1])
+        if torch.compiler.is_compiling():  # which cannot trace writing into views
+            y = torch.stack((a + b, a - b), 2)
+        else:
+            y = x.new_empty(a.shape[0], a.shape[1], 2, half)
+            torch.add(a, b, out=y[:, :, 0])
+            torch.sub(a, b, out=y[:, :, 1])
         x, half = y.view(x.shape), 2 * half
     return x * block**-0.5
 
 
 def rotate(x: Tensor) -> Tensor:
     """R·x with R = blockdiag(H)·diag(signs); R is orthogonal. (..., width) -> (..., width)."""
-    return hadamard(x * signs(x.shape[-1], x.device, x.dtype))
+    return hadamard(x.detach() * signs(x.shape[-1], x.device, x.dtype))
 
 
 def unrotate(y: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Importing this registers the names "turboquant" (attention, mask, quantization m
 from turboquant.integrations.transformers.attention import register as _register
 from turboquant.integrations.transformers.cache import TurboQuantCache
 from turboquant.integrations.transformers.config import TurboQuantConfig, attach
+from turboquant.integrations.transformers.quantizer import TurboQuantizer, quantize
 
 _register()
 
-__all__ = ["TurboQuantCache", "TurboQuantConfig", "attach"]
+__all__ = ["TurboQuantCache", "TurboQuantConfig", "TurboQuantizer", "attach", "quantize"]

@@ -2,16 +2,18 @@
 
 import inspect
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from turboquant.integrations.transformers.attention import NAME
 from turboquant.integrations.transformers.cache import TurboQuantCache
+from turboquant.layers.convert import Plan
+from turboquant.packed.checkpoint import FORMAT, check_format
 from turboquant.recipe import Recipe, parse_recipe
 
 
@@ -65,31 +67,38 @@ class TurboQuantConfig(QuantizationConfigMixin):
     """quantization_config for `from_pretrained`.
 
     Args:
-        recipe: "kv4", "k4v3", ...; see `turboquant.parse_recipe`.
+        recipe: "kv4", "w4a8kv4", "w8a8", ...; see `turboquant.parse_recipe`.
+        modules_to_not_convert: names of modules whose weights stay as they are, whole or the last parts of a name.
+        overrides: regular expression -> recipe for the modules whose name it finds, "none" for none; the first decides.
+        format: of the saved weights; set by `save_pretrained`.
 
     Raises:
-        RecipeError: an unknown recipe.
+        RecipeError: an unknown recipe, or a pattern that is no regular expression.
+        CheckpointError: a format of a newer version.
     """
 
-    def __init__(self, recipe: str | Recipe = "kv4", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        recipe: str | Recipe = "kv4",
+        modules_to_not_convert: Sequence[str] | None = None,
+        overrides: Mapping[str, str] | None = None,
+        format: int = FORMAT,
+        **kwargs: Any,
+    ) -> None:
         kwargs.pop("quant_method", None)
         if kwargs:
-            raise ValueError(f"TurboQuantConfig takes recipe=..., got also {sorted(kwargs)}")
+            raise ValueError(
+                f"TurboQuantConfig takes recipe=..., modules_to_not_convert=... and overrides=..., "
+                f"got also {sorted(kwargs)}"
+            )
+        check_format(format, "quantization_config")
         self.quant_method = NAME
         self.recipe = parse_recipe(recipe).name
+        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.overrides = dict(overrides or {})
+        self.format = format
+        self.plan()
 
-
-@register_quantizer(NAME)
-class TurboQuantizer(HfQuantizer):
-    """Carries out a TurboQuantConfig: weights stay as they are, the cache becomes live 4 bit."""
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        attach(model, self.quantization_config.recipe)
-        return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
+    def plan(self) -> Plan:
+        """What to quantize how."""
+        return Plan(parse_recipe(self.recipe), self.modules_to_not_convert, self.overrides)

@@ -1,8 +1,20 @@
-"""The CPU backend, experimental: packed codes read with AVX-512, AVX2 or portable vectors.
+"""The CPU backend.
 
-It runs only within `use_backend("cpu")`. See `cache`; the C++ is in csrc/.
+Its cache ops are experimental and run only within `use_backend("cpu")`: packed codes read with AVX-512, AVX2 or
+portable vectors, see `cache`; the C++ is in csrc/. Its linear layers run wherever the package auto-round-lib is
+installed, see `linear`.
 """
 
-from turboquant.kernels.cpu.cache import cache_append, cache_attention, supports
+from typing import Any
 
-__all__ = ["cache_append", "cache_attention", "supports"]
+from turboquant.kernels.cpu import cache
+from turboquant.kernels.cpu import linear as _linear
+from turboquant.kernels.cpu.cache import cache_append, cache_attention
+from turboquant.kernels.cpu.linear import linear, quantize, rotate
+
+__all__ = ["cache_append", "cache_attention", "linear", "quantize", "rotate", "supports"]
+
+
+def supports(op: str, layout: Any, device: Any) -> str | None:
+    """None if the op can run, else why not."""
+    return (_linear if op in ("linear", "quantize", "rotate") else cache).supports(op, layout, device)

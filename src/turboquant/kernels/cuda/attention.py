@@ -30,27 +30,30 @@ TILE_TOKENS = 16  # of the 16-bit part of a sequence, one item of work
 LOG2E = 1.4426950408889634
 
 
-def supports(
-    op: str, layout: PageLayout | None, device: torch.device, tokens: int = 1, masked: bool = False
-) -> str | None:
-    """None if the op can run on a chunk of `tokens`, else why not."""
+def supports(op: str, layout: PageLayout | None, device: torch.device) -> str | None:
+    """None if the op can run, else why not."""
     if device.type != "cuda":
         return f"cuda: tensors are on {device.type}"
     if op != "cache_attention":
         return f"cuda has no {op}"
-    if masked or tokens > MAX_TOKENS:
-        return f"cuda: only for chunks of up to {MAX_TOKENS} tokens without padding or mask"
     if layout is not None:
         kv, d = layout.kv, layout.head_dim
         if kv.codec != "live" or kv.page != PAGE or layout.hot > MAX_HOT or d not in HEAD_DIMS:
-            return f"cuda: only for live recipes with pages of {PAGE}, head_dim of {HEAD_DIMS}, up to {MAX_HOT} hot channels"
-        if tokens > kv.ring_slots - kv.ring + 1:
-            return f"cuda: a chunk of {tokens} tokens would overwrite ring slots that its first row reads"
-        if kv.ring_slots > MAX_SLOTS:
-            return f"cuda: only for rings of up to {MAX_SLOTS} slots"
+            return f"cuda: only live recipes with page={PAGE}, head_dim in {HEAD_DIMS}, up to {MAX_HOT} hot channels"
         if d == 80 and 3 in (kv.key_bits, kv.value_bits):
             return "cuda: not for 3 bits at head_dim 80"
+        if kv.ring_slots > MAX_SLOTS:
+            return f"cuda: only for rings of up to {MAX_SLOTS} slots"
     return nvrtc.missing()
+
+
+def serves(op: str, layout: PageLayout | None, tokens: int, masked: bool) -> str | None:
+    """None if chunks of `tokens` can run, else why not."""
+    if masked or tokens > MAX_TOKENS:
+        return f"cuda: only for chunks of up to {MAX_TOKENS} tokens without padding or mask"
+    if layout is not None and tokens > layout.kv.ring_slots - layout.kv.ring + 1:
+        return f"cuda: a chunk of {tokens} tokens would overwrite ring slots that its first row reads"
+    return None
 
 
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/state.cuh

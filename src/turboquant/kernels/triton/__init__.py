@@ -1,4 +1,4 @@
-"""The cache ops in Triton: on any GPU that Triton supports, and in its interpreter on the CPU for the tests.
+"""The cache ops and `quantize` in Triton: on any GPU it supports, and in its interpreter on the CPU for the tests.
 
 Triton is imported at the first call.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from turboquant.packed.page import PageLayout
 
+GRADIENTS = False
 LARGEST_PAGE = 1 << 15  # numbers of a page, rounded up to powers of two, that one program can hold
 
 
@@ -23,14 +24,17 @@ def _too_old(device: torch.device) -> str | None:
     return None
 
 
-def supports(op: str, layout: PageLayout | None, device: torch.device) -> str | None:
-    """None if the op can run, else why not."""
+def supports(op: str, layout: Any, device: torch.device) -> str | None:
+    """None if the op can run, else why not; layout: a PageLayout, or the LinearSpec of a linear op."""
     if device.type not in ("cpu", "cuda"):
         return f"triton: tensors are on {device.type}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "triton: tensors are on cpu, where only its interpreter runs (TRITON_INTERPRET=1, for tests)"
     if importlib.util.find_spec("triton") is None:
         return "triton: not installed"
+    if op in ("quantize", "rotate", "linear"):
+        inputs = getattr(layout, "inputs", 0)
+        return f"triton: {inputs} inputs are not made of sixteens" if inputs % 16 else None
     if layout is not None:
         size = 1 << (layout.kv.page - 1).bit_length() << (layout.head_dim - 1).bit_length()
         if size > LARGEST_PAGE:
@@ -57,3 +61,10 @@ def dequantize_pages(buf: Any, layout: PageLayout, first: int, last: int, out_k:
     from turboquant.kernels.triton.prefill import dequantize_pages
 
     dequantize_pages(buf, layout, first, last, out_k, out_v)
+
+
+def quantize(*args: Any, **kwargs: Any) -> Any:
+    """See `rows.quantize`."""
+    from turboquant.kernels.triton import rows
+
+    return rows.quantize(*args, **kwargs)

@@ -1,0 +1,184 @@
+"""Linear layers under a scheme: recipes through the real quantized modules, and fake quantizers to compare with.
+
+w4-rtn, w4-rtn-g32  weights rounded to nearest, asymmetric int4 in groups of 128 or 32, minimum to maximum
+nf4                 weights in the NF4 levels of QLoRA (arXiv:2305.14314), blocks of 64 with one fp32 absmax, not doubly
+                    quantized: bitsandbytes' 4-bit linear layer
+int8-chan           weights absmax int8, one scale an output channel
+a8-token, a4-token  activations absmax per token, unrotated: what most engines do
+a4-g32              activations asymmetric int4 in groups of 32, unrotated
+w8a8-token          int8-chan and a8-token together
+llm-int8            the same, but input channels with an entry beyond 6 in 16 bit (arXiv:2208.07339): bitsandbytes' int8
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turboquant.evaluate.texts import read_texts, windows
+from turboquant.layers.convert import Plan, Quantized, experts_products, quantized
+from turboquant.recipe import Recipe
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def _asymmetric(x: Tensor, group: int) -> Tensor:
+    g = x.unflatten(-1, (-1, gcd(x.shape[-1], group)))
+    low = g.amin(-1, keepdim=True)
+    step = ((g.amax(-1, keepdim=True) - low) / 15).clamp_min(1e-12)
+    return (((g - low) / step).round() * step + low).flatten(-2)
+
+
+def _absmax(x: Tensor, bits: int) -> Tensor:
+    top = 2 ** (bits - 1) - 1
+    step = (x.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12)
+    return (x / step).round().clamp(-top, top) * step
+
+
+def _nf4(w: Tensor) -> Tensor:
+    levels = torch.tensor(NF4, device=w.device)
+    g = w.unflatten(-1, (-1, gcd(w.shape[-1], 64)))
+    top = g.abs().amax(-1, keepdim=True).clamp_min(1e-12)
+    codes = torch.bucketize((g / top).contiguous(), (levels[1:] + levels[:-1]) / 2)
+    return (levels[codes] * top).flatten(-2)
+
+
+def _llm_int8(x: Tensor) -> Tensor:
+    large = (x.abs() > 6.0).flatten(0, -2).any(0)
+    return torch.where(large, x, _absmax(torch.where(large, 0.0, x), 8))
+
+
+@dataclass(frozen=True)
+class LinearBaseline:
+    """One scheme; weight, activation: fp32 -> the same, as decoded, or None; bits by the width of a row."""
+
+    name: str
+    weight: Callable[[Tensor], Tensor] | None = None
+    activation: Callable[[Tensor], Tensor] | None = None
+    weight_bits: Callable[[int], float] = lambda k: 16.0
+    activation_bits: Callable[[int], float] = lambda k: 16.0
+
+
+def _schemes() -> dict[str, LinearBaseline]:
+    chan, token = (lambda w: _absmax(w, 8)), (lambda x: _absmax(x, 8))
+    eight = lambda k: 8 + 32 / k  # noqa: E731
+    out = [
+        LinearBaseline("w4-rtn", lambda w: _asymmetric(w, 128), None, lambda k: 4 + 24 / gcd(k, 128)),
+        LinearBaseline("w4-rtn-g32", lambda w: _asymmetric(w, 32), None, lambda k: 4 + 24 / gcd(k, 32)),
+        LinearBaseline("nf4", _nf4, None, lambda k: 4 + 32 / gcd(k, 64)),
+        LinearBaseline("int8-chan", chan, None, eight),
+        LinearBaseline("a8-token", None, token, activation_bits=eight),
+        LinearBaseline("a4-token", None, lambda x: _absmax(x, 4), activation_bits=lambda k: 4 + 32 / k),
+        LinearBaseline("a4-g32", None, lambda x: _asymmetric(x, 32), activation_bits=lambda k: 4 + 32 / gcd(k, 32)),
+        LinearBaseline("w8a8-token", chan, token, eight, eight),
+        LinearBaseline("llm-int8", chan, _llm_int8, eight, eight),
+    ]
+    return {b.name: b for b in out}
+
+
+LINEAR_BASELINES = _schemes()
+
+
+@contextmanager
+def linear_scheme(model: Any, s: Any, moments: Any = None) -> Iterator[None]:
+    """Within the context the model's linear layers are those of a recipe or of a baseline; afterwards its own again."""
+    if isinstance(s, Recipe) and s.linear is not None:
+        with quantized(model, Plan(s), model.get_output_embeddings(), moments):
+            yield
+    elif isinstance(s, LinearBaseline):
+        with _faked(model, s):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _faked(model: Any, s: LinearBaseline) -> Iterator[None]:
+    if any(experts_products(m) for m in model.modules()):
+        raise ValueError(f"baseline {s.name!r} knows linear layers only, and this model has stacks of experts")
+    head, kept, handles = model.get_output_embeddings(), {}, []
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+
+    def hook(module: nn.Module, args: tuple) -> tuple:
+        assert s.activation is not None
+        return (s.activation(args[0].float()).to(args[0].dtype), *args[1:])
+
+    try:
+        for m in layers:
+            if s.weight is not None:
+                kept[m] = m.weight.data
+                m.weight.data = s.weight(m.weight.data.float()).to(m.weight.dtype)
+            if s.activation is not None:
+                handles.append(m.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for m, w in kept.items():
+            m.weight.data = w
+        for handle in handles:
+            handle.remove()
+
+
+def linear_bits(model: Any, s: Any) -> dict[str, float]:
+    """True bits per weight and per activation number of the linear layers, averaged over them; to call within
+    `linear_scheme`."""
+    weights = activations = inputs = count = 0.0
+    head, whole = model.get_output_embeddings(), model.dtype.itemsize * 8.0
+    for m in model.modules():
+        if isinstance(m, Quantized):
+            for slot in m.slots.values():
+                *_, n, k = slot.shape
+                numbers, r = n * k * (slot.shape[0] if len(slot.shape) == 3 else 1), slot.recipe
+                weights += numbers * (r.weights.bits_per_weight(k) if r.weights else whole)
+                activations += k * (r.activations.bits_per_activation(k) if r.activations else whole)
+                count, inputs = count + numbers, inputs + k
+        elif isinstance(s, LinearBaseline) and isinstance(m, nn.Linear) and m is not head:
+            n, k = m.weight.shape
+            weights += n * k * (s.weight_bits(k) if s.weight else whole)
+            activations += k * (s.activation_bits(k) if s.activation else whole)
+            count, inputs = count + n * k, inputs + k
+    return {
+        "weight_bits": weights / count if count else whole,
+        "activation_bits": activations / inputs if inputs else whole,
+    }
+
+
+@torch.no_grad()
+def collect_moments(
+    model: Any, tokenizer: Any, text: str | Path, tokens: int = 4096, ctx: int = 512
+) -> dict[str, Tensor]:
+    """Second moments of the inputs of a model's linear layers on a text: name -> (K, K) fp32.
+
+    Raises:
+        EvaluateError: the text is too short.
+    """
+    ids = windows(tokenizer, read_texts(text), ctx, tokens).to(model.device)
+    head, handles = model.get_output_embeddings(), []
+    out: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def add(module: nn.Module, args: tuple) -> None:
+            x = args[0].detach().float().flatten(0, -2)
+            new = x.T @ x / ids.numel()
+            out[name] = out[name] + new if name in out else new
+
+        return add
+
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear) and m is not head:
+            handles.append(m.register_forward_pre_hook(hook(name)))
+    try:
+        for i in range(0, len(ids), 4):
+            model.get_decoder()(input_ids=ids[i : i + 4], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out

@@ -1,0 +1,98 @@
+"""Quantize a model's weights into a folder, and say what is stored."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from turboquant.evaluate.errors import EvaluateError
+from turboquant.evaluate.linear import collect_moments
+from turboquant.evaluate.models import load
+from turboquant.recipe import parse_recipe
+
+Progress = Callable[[str, int, int], None]
+
+
+def quantize(
+    name: str | Path,
+    out: str | Path,
+    recipe: str = "w4a8kv4",
+    keep: Sequence[str] = (),
+    overrides: dict[str, str] | None = None,
+    feedback: Path | None = None,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Load a model, quantize its linear layers one by one and save it for `from_pretrained`.
+
+    Args:
+        name, dtype, device: as for `models.load`; GGUF files too.
+        out: a folder that does not exist yet or is empty; written whole or not at all.
+        keep: modules whose weights stay as they are. overrides: pattern -> recipe, as of TurboQuantConfig.
+        feedback: a text on which second moments are collected, for error feedback in 4-bit weights.
+
+    Returns:
+        rows of `layers.convert.quantize_model`, and {"recipe", "weights", "bits_per_weight", "linear_before",
+        "linear_bytes", "model_before", "model_bytes", "folder_bytes", "error"} (bytes; error relative, over all).
+
+    Raises:
+        EvaluateError, RecipeError: before any work.
+    """
+    from turboquant.integrations.transformers import TurboQuantConfig
+    from turboquant.integrations.transformers import quantize as quantize_loaded
+
+    config = TurboQuantConfig(recipe, list(keep), overrides)
+    if parse_recipe(recipe).weights is None:
+        raise EvaluateError(f"recipe {recipe!r} leaves the weights alone: name one with w4 or w8, nothing needs saving")
+    if feedback and parse_recipe(recipe).weights.bits != 4:  # type: ignore[union-attr]
+        raise EvaluateError(f"recipe {recipe!r} has no use for feedback: it is for weights of 4 bit")
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EvaluateError(f"{out} exists and is not an empty folder")
+    if not out.parent.is_dir():
+        raise EvaluateError(f"{out} cannot be written: there is no folder {out.parent}")
+    model, tokenizer = load(name, dtype, device)
+    before = _bytes(model)
+    moments = collect_moments(model, tokenizer, feedback) if feedback else None
+    rows = quantize_loaded(model, config, moments, progress)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + "."))
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        os.chmod(folder, 0o755)
+        if out.is_dir():
+            out.rmdir()
+        os.replace(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    packed = [r for r in rows if r["bits"] is not None]
+    numbers = sum(_numbers(r) for r in packed)
+    linear = sum(r["bytes"] for r in packed)
+    summary = {
+        "recipe": config.recipe,
+        "weights": len(packed),
+        "bits_per_weight": 8 * linear / numbers,
+        "linear_before": sum(r["bytes_before"] for r in packed),
+        "linear_bytes": linear,
+        "model_before": before,
+        "model_bytes": _bytes(model),
+        "folder_bytes": sum(f.stat().st_size for f in out.iterdir()),
+        "error": (sum(r["error"] ** 2 * _numbers(r) for r in packed) / numbers) ** 0.5,
+    }
+    return rows, summary
+
+
+def _numbers(row: dict[str, Any]) -> int:
+    out = 1
+    for n in row["shape"]:
+        out *= n
+    return out
+
+
+def _bytes(model: Any) -> int:
+    """Bytes of all parameters and saved buffers, tied ones once."""
+    return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())

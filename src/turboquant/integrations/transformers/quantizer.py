@@ -1,0 +1,182 @@
+"""Carries out a TurboQuantConfig: weights are quantized tensor by tensor while they are read, or read as they were
+saved; the cache becomes live."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from turboquant.integrations.transformers.attention import NAME
+from turboquant.integrations.transformers.config import TurboQuantConfig, attach
+from turboquant.kernels.linear import Shared
+from turboquant.layers.convert import (
+    Quantized,
+    dequantize_model,
+    quantize_model,
+    shell,
+    start_trackers,
+    targets,
+)
+from turboquant.packed.checkpoint import CheckpointError, check
+from turboquant.recipe import parse_recipe
+
+
+class Quantize(ConversionOps):
+    """One tensor of a checkpoint, just read, into the buffers of the module that will hold it."""
+
+    def __init__(self, quantizer: "TurboQuantizer") -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        """{name of the float weight: tensor} -> {name of each buffer: tensor}."""
+        out: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            w = value[0] if isinstance(value, list) else value
+            path, _, key = name.rpartition(".")
+            slot = model.get_submodule(path).slots[key]
+            w = w.mT if path in self.quantizer.turned else w
+            prefix = f"{path}." if path else ""
+            out |= {prefix + k: t for k, t in slot.encode(w).items()}
+            if slot.recipe.weights is None:
+                out[name] = w.contiguous()
+        return out
+
+
+@register_quantizer(NAME)
+class TurboQuantizer(HfQuantizer):
+    """The quantizer of the method "turboquant"."""
+
+    quantization_config: TurboQuantConfig
+
+    def __init__(self, quantization_config: TurboQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.turned: set[str] = set()  # experts that the checkpoint holds transposed
+        self.shared = Shared()
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> Any:
+        plan = self.quantization_config.plan()
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        tied = bool(getattr(model, "all_tied_weights_keys", None))
+        fresh = not self.pre_quantized
+        for name, module, recipe in list(targets(model, plan, head)):
+            if module is head and tied:
+                continue  # its weight is the input embeddings': see _process_model_after_weight_loading
+            self._replace(model, name, module, recipe, fresh)
+        if self.pre_quantized and checkpoint_files:
+            self._check(model, checkpoint_files)
+        return model
+
+    def _replace(self, model: Any, name: str, module: Any, recipe: Any, fresh: bool) -> None:
+        w = getattr(module, "weight", None)
+        kind = w.dtype if w is not None else next(p.dtype for p in module.parameters())
+        new = shell(module, recipe, self.shared, like=kind if fresh else None)
+        if getattr(module, "is_transposed", False) and fresh:
+            self.turned.add(name)
+        model.set_submodule(name, new)
+
+    def _check(self, model: Any, files: Any) -> None:
+        """Every tensor of a saved model by name, shape and dtype, before the first one is loaded."""
+        quantized = {n: m for n, m in model.named_modules() if isinstance(m, Quantized)}
+        buffers = {f"{n}.{k}" for n, m in quantized.items() for k in m._buffers}
+        expected: dict[str, Any] = {}
+        for name, t in model.state_dict().items():
+            expected[name] = (tuple(t.shape), t.dtype if name in buffers else None)
+        optional = set(getattr(model, "all_tied_weights_keys", None) or {})
+        check(files, expected, optional)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a tensor of the checkpoint goes through `Quantize`."""
+        path, _, key = param_name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            return False
+        return isinstance(module, Quantized) and (key in module.slots)
+
+    def get_quantize_ops(self) -> Quantize:
+        return Quantize(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        recipe = parse_recipe(self.quantization_config.recipe)
+        empty = [
+            f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, Quantized) for k, s in m.slots.items()
+            if s.recipe.weights is not None and getattr(m, k).dtype != torch.uint8
+        ]  # fmt: skip
+        if empty:
+            raise CheckpointError(f"the checkpoint has no tensor for {empty[0]!r}: it stays unquantized and empty")
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        plan = self.quantization_config.plan()
+        todo = [(n, m) for n, m, _ in targets(model, plan, head) if m is head]
+        if todo and not self.pre_quantized:
+            untie(model)
+            quantize_model(model, plan, head)
+        for module in model.modules():
+            if isinstance(module, Quantized):
+                for slot in module.slots.values():
+                    slot.forget()
+        if not self.pre_quantized:
+            start_trackers(model)
+        if any(isinstance(m, Quantized) for m in model.modules()):
+            # The saved names are the modules' own: nothing is to be turned back into a checkpoint's names.
+            model._weight_conversions = []
+        if recipe.kv is not None:
+            attach(model, recipe)
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        dequantize_model(model, dtype)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top of frozen packed weights can be trained, weights alone cannot."""
+        return False
+
+
+def quantize(
+    model: Any,
+    config: TurboQuantConfig | str,
+    moments: Mapping[str, Tensor] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Quantize a model that is loaded already (from a GGUF file, say), so that it can be used and saved.
+
+    Args:
+        moments, progress: as of `layers.convert.quantize_model`.
+
+    Returns:
+        its rows, one a weight.
+
+    Raises:
+        RecipeError: before anything is changed.
+    """
+    config = config if isinstance(config, TurboQuantConfig) else TurboQuantConfig(config)
+    plan, recipe = config.plan(), parse_recipe(config.recipe)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if any(m is head for _, m, _ in list(targets(model, plan, head))) and getattr(model, "all_tied_weights_keys", None):
+        untie(model)
+    rows = quantize_model(model, plan, head, moments, progress)
+    model.config.quantization_config = config
+    model.hf_quantizer = TurboQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method, model._weight_conversions = True, NAME, []
+    if recipe.kv is not None:
+        attach(model, recipe)
+    return rows
+
+
+def untie(model: Any) -> None:
+    """Give the output embeddings a weight of their own, in this model and in its configuration."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
+        config.tie_word_embeddings = False
+    for m in model.modules():
+        if hasattr(m, "all_tied_weights_keys"):
+            m.all_tied_weights_keys = {}

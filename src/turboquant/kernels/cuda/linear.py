@@ -1,0 +1,108 @@
+"""Linear layers on CUDA: int8 rows times packed 4-bit weights by humming-kernels (`pip install 'turboquant[cuda]'`).
+
+A weight of two stages is two products, W = s·(c₁ - z) + s/16·(c₂ - 8): both are 4-bit weights to the kernel, and the
+bytes read are those of one 8-bit weight. Scales become 16-bit floats of the model's dtype, as the kernel takes them.
+Rows are quantized by the `quantize` op; an input that stays in 16 bit goes to the same kernel unquantized. Its kernels
+are compiled when a shape first comes; it chooses among them by the number of rows.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant.kernels import ops
+from turboquant.kernels.linear import LinearSpec, LinearState
+from turboquant.maths.activations import Int4Rows, Int8Rows
+from turboquant.packed.tensor import PackedTensor
+from turboquant.recipe import ActivationRecipe
+
+PACKAGE = "humming"
+
+
+def supports(op: str, spec: Any, device: torch.device) -> str | None:
+    """None if the op can run, else why not."""
+    if op != "linear":
+        return f"cuda has no {op}"
+    if device.type != "cuda":
+        return f"cuda: tensors are on {device.type}"
+    if importlib.util.find_spec(PACKAGE) is None:
+        return "cuda: humming-kernels is not installed (pip install 'turboquant[cuda]')"
+    if torch.cuda.get_device_capability(device) < (7, 5):
+        return "cuda: humming-kernels needs compute capability 7.5 or newer"
+    if isinstance(spec, LinearSpec):
+        if not spec.stages:
+            return "cuda: the weight is not packed"
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"cuda: the model computes in {str(spec.dtype).removeprefix('torch.')}, the kernel in 16 bit"
+        if spec.inputs % 128 or spec.outputs % 128:
+            return f"cuda: a weight of {spec.outputs}x{spec.inputs} is not made of tiles of 128"
+        if spec.group != spec.inputs and spec.group not in (32, 64, 128):
+            return f"cuda: groups of {spec.group}, the kernel has 32, 64, 128 and whole rows"
+    return None
+
+
+def _layer(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int, bits: int, dtype: torch.dtype) -> Any:
+    """humming's layer for one stage: codes (N, K) below 16, scale (N, G), whole zeros (N, G) or None for 8."""
+    from humming import ops as humming
+    from humming.layer import HummingLayer
+
+    n, k = codes.shape
+    word = "bfloat16" if dtype == torch.bfloat16 else "float16"
+    weight = {"dtype": "uint4", "group_size": 0 if group == k else group, "has_zero_point": zero is not None}
+    inputs = (
+        {"dtype": "int8", "quant_mode": "dynamic_token", "scale_dtype": "float32"} if bits < 16 else {"dtype": word}
+    )
+    with torch.cuda.device(codes.device):
+        layer = HummingLayer(n, k, weight | {"scale_dtype": word}, inputs, torch_dtype=dtype).to(codes.device)
+        tensors = {"weight": humming.pack_weight(codes.int().contiguous(), 4), "weight_scale": scale.to(dtype)}
+        if zero is not None:
+            tensors["zero_point"] = humming.pack_weight(zero.int().T.contiguous(), 4).T.contiguous()
+        layer.load_from_tensors(tensors)
+        layer.transform()
+    return layer
+
+
+def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> list[Any]:
+    """One layer of humming a stage, for inputs of `bits` (8 for int8 rows, 16 for rows of `dtype`)."""
+    coded, scale = weight.coded(), weight.scale.float()
+    out = [_layer(coded.codes[0], scale, coded.zero, weight.group, bits, dtype)]
+    if weight.stages == 2:
+        out.append(_layer(coded.codes[1], scale / 16, None, weight.group, bits, dtype))
+    return out
+
+
+def multiply(layers: list[Any], rows: Tensor, unit: Tensor | None) -> Tensor:
+    """(M, K) int8 with (M, 1) units, or 16-bit rows with None -> (M, N) in the dtype of the layers."""
+    # Rows that arrive with their scale are taken as quantized.
+    given: dict[str, Tensor] = {} if unit is None else {"input_scale": unit}
+    y = layers[0](rows, **given)
+    for layer in layers[1:]:
+        y = y + layer(rows, **given)
+    return y
+
+
+def linear(
+    x: Tensor, weight: PackedTensor, bias: Tensor | None, recipe: ActivationRecipe | None, state: LinearState
+) -> Tensor:
+    """Contract in `kernels.linear.linear`; sums run in another order and outputs are rounded to 16 bit."""
+    dtype, key = x.dtype, f"cuda {x.dtype}"
+    if key not in state.prepared:
+        state.prepared[key] = prepare(weight, 16 if recipe is None else 8, dtype)
+    layers, (n, k) = state.prepared[key], weight.shape
+    flat = x.reshape(-1, k)
+    if len(flat) == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    if recipe is None:
+        y = multiply(layers, flat.to(dtype).contiguous(), None)
+    else:
+        make = lambda: ops.quantize(x, recipe, state.hot)  # noqa: E731
+        rows = state.shared.take(x, recipe, make) if state.shared and recipe.bits == 8 else make()
+        codes = rows.codes if isinstance(rows, Int8Rows) else rows.int8()
+        y = multiply(layers, codes.reshape(-1, k).contiguous(), rows.unit.reshape(-1, 1))
+        if isinstance(rows, Int4Rows) and state.hot is not None and state.hot.weight is not None:
+            hot = (rows.hot.float() * rows.hot_unit).reshape(len(flat), -1)
+            y = y + (hot @ state.hot.weight.T).to(y.dtype)
+    y = y.view(*x.shape[:-1], n)
+    return (y if bias is None else y + bias).to(x.dtype)

@@ -1,0 +1,262 @@
+"""Which modules of a model are quantized, and putting quantized ones in their place."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turboquant.kernels.linear import Shared
+from turboquant.layers.linear import QuantExperts, QuantLinear
+from turboquant.recipe import Recipe, RecipeError, parse_recipe
+
+Quantized = QuantLinear | QuantExperts
+PRODUCTS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))  # of stacks of experts, as transformers names them
+NORM_BEFORE = {  # which norm of the block scales the input of which layer
+    "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
+    "qkv_proj": "input_layernorm",
+    "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm",
+    "gate_up_proj": "post_attention_layernorm",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to quantize how.
+
+    Attributes:
+        recipe: of every linear layer and stack of experts.
+        skip: names of modules that stay as they are: a whole name, or its last parts.
+        overrides: pattern -> recipe; the first pattern that `re.search` finds in a module's name decides, "none" skips.
+    """
+
+    recipe: Recipe
+    skip: Sequence[str] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pattern, recipe in self.overrides.items():
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise RecipeError(f"overrides: {pattern!r} is no regular expression ({e})") from e
+            if recipe != "none" and parse_recipe(recipe).linear is None:
+                raise RecipeError(f"overrides: {recipe!r} for {pattern!r} has no weights or activations")
+
+    def of(self, name: str) -> Recipe | None:
+        """The linear recipe of a module, None if it stays as it is."""
+        if any(name == s or name.endswith("." + s) for s in self.skip):
+            return None
+        for pattern, recipe in self.overrides.items():
+            if re.search(pattern, name):
+                return None if recipe == "none" else parse_recipe(recipe).linear
+        return self.recipe.linear
+
+
+def experts_products(module: nn.Module) -> tuple[str, str] | None:
+    """Names of the two stacked products of a module that holds experts, None if it holds none."""
+    for names in PRODUCTS:
+        stacks = [getattr(module, n, None) for n in names]
+        if all(isinstance(s, Tensor) and s.dim() == 3 and s.is_floating_point() for s in stacks):
+            return names
+    return None
+
+
+def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iterator[tuple[str, nn.Module, Recipe]]:
+    """Modules to quantize: (name, module, recipe).
+
+    Args:
+        head: the output embeddings, which stay as they are unless the recipe has head=8.
+
+    Raises:
+        RecipeError: a stack of weights that this library does not know (it would be skipped silently otherwise), or a
+            layer that cannot be packed.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            continue
+        if module is head:
+            recipe = plan.of(name)
+            if isinstance(module, nn.Linear) and recipe is not None and recipe.weights and recipe.weights.head:
+                yield name, module, head_recipe(recipe)
+        elif isinstance(module, nn.Linear):
+            recipe = plan.of(name)
+            if recipe is not None:
+                if recipe.weights is not None:
+                    try:
+                        recipe.weights.group_of(module.in_features)
+                    except RecipeError as e:
+                        raise RecipeError(f"{name}: {e}; name it in modules_to_not_convert") from e
+                yield name, module, recipe
+        elif experts_products(module) and hasattr(module, "is_transposed"):
+            recipe = plan.of(name)
+            if recipe is not None:
+                yield name, module, recipe
+        else:
+            stacks = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
+            stacks = [n for n in stacks if "conv" not in name and plan.of(f"{name}.{n}") is not None]
+            if stacks and plan.of(name) is not None and "expert" in f"{name}.{type(module).__name__}".lower():
+                raise RecipeError(
+                    f"{name}.{stacks[0]} is a stack of weights of a kind that is not known ({type(module).__name__}): "
+                    "it would stay unquantized; name it in modules_to_not_convert if that is meant"
+                )
+
+
+def head_recipe(recipe: Recipe) -> Recipe:
+    """Output embeddings asked for with head=8: two stages, their input as it is."""
+    assert recipe.weights is not None
+    return Recipe(weights=replace(recipe.weights, bits=8, head=0))
+
+
+def shell(
+    module: nn.Module, recipe: Recipe, shared: Shared | None = None, device: Any = None, like: torch.dtype | None = None
+) -> Quantized:
+    """An empty quantized module for a linear layer or a stack of experts; biases are taken over as they are.
+
+    Args:
+        device: of its buffers; by default where the module is.
+        like: see `Slot`.
+    """
+    if isinstance(module, nn.Linear):
+        w = module.weight
+        out = QuantLinear(
+            module.in_features, module.out_features, False, recipe, device or w.device, w.dtype, shared, like
+        )
+        out.bias = module.bias
+        return out.eval()
+    names = experts_products(module)
+    assert names is not None
+    stacks = [getattr(module, n) for n in names]
+    turn = bool(getattr(module, "is_transposed", False))
+    shapes = {n: tuple(s.mT.shape if turn else s.shape) for n, s in zip(names, stacks, strict=True)}
+    biases = {n: b for n in names if (b := getattr(module, f"{n}_bias", None)) is not None}
+    gated = getattr(module, "has_gate", names[0].startswith("gate"))
+    if getattr(module, "has_post_expert_norm", False):
+        raise RecipeError(f"experts with a norm behind them ({type(module).__name__}) are not supported")
+    gate = module._apply_gate if gated else module.act_fn
+    experts = QuantExperts(
+        shapes, gate, biases, recipe, device or stacks[0].device, stacks[0].dtype, like  # type: ignore[arg-type]
+    )  # fmt: skip
+    return experts.eval()
+
+
+def norm_prior(model: nn.Module, name: str) -> Tensor | None:
+    """Scale of the input channels of a layer by the weight of the norm before it, None if there is none known."""
+    parent, _, last = name.rpartition(".")
+    norm = NORM_BEFORE.get(last)
+    if norm is None:
+        return None
+    block = parent.rpartition(".")[0]
+    try:
+        block_module = model.get_submodule(block)
+        if norm == "post_attention_layernorm" and hasattr(block_module, "pre_feedforward_layernorm"):
+            norm = "pre_feedforward_layernorm"  # Gemma's block has a norm on either side of each part
+        module = block_module.get_submodule(norm)
+        weight = module.weight
+    except AttributeError:
+        return None
+    if not isinstance(weight, Tensor) or weight.is_meta:
+        return None
+    w = weight.detach().float()
+    return (w + 1 if type(module).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm") else w).abs()
+
+
+def start_trackers(model: nn.Module) -> None:
+    """Let every tracker of a model start from the norms, which stand only once all weights are loaded."""
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized):
+            for slot in module.slots.values():
+                if slot.tracked:
+                    slot.start(norm_prior(model, name))
+
+
+@torch.no_grad()
+def quantize_model(
+    model: nn.Module,
+    plan: Plan,
+    head: nn.Module | None = None,
+    moments: Mapping[str, Tensor] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Quantize a loaded model in place, layer by layer.
+
+    Args:
+        head: the output embeddings.
+        moments: name -> (K, K) second moments of a linear layer's input, for error feedback in 4-bit weights.
+        progress: called with (name, done, of).
+
+    Returns:
+        one row a weight: {"name", "recipe", "shape", "bits", "bytes", "bytes_before", "error"}; bits are those stored
+        for each weight (None where it is not packed), error is relative to the weight's norm.
+    """
+    shared, rows = Shared(), []
+    found = list(targets(model, plan, head))
+    for i, (name, module, recipe) in enumerate(found):
+        new = shell(module, recipe, shared)
+        turn = bool(getattr(module, "is_transposed", False))
+        for key, slot in new.slots.items():
+            w = getattr(module, key)
+            w = w.detach().mT.contiguous() if turn else w.detach()
+            one_stage = recipe.weights is not None and recipe.weights.stages == 1
+            slot.load(w, (moments or {}).get(name) if one_stage else None)
+            if recipe.weights is None:
+                getattr(new, key).data = w
+            if slot.tracked:
+                slot.start(norm_prior(model, name))
+            rows.append(row(name if len(new.slots) == 1 else f"{name}.{key}", slot, w))
+        _put(model, name, new)
+        if progress:
+            progress("layers", i + 1, len(found))
+    return rows
+
+
+@contextmanager
+def quantized(
+    model: nn.Module, plan: Plan, head: nn.Module | None = None, moments: Mapping[str, Tensor] | None = None
+) -> Iterator[list[dict[str, Any]]]:
+    """Within the context a model is quantized; afterwards its own modules are back, untouched."""
+    kept = {name: module for name, module, _ in targets(model, plan, head)}
+    try:
+        yield quantize_model(model, plan, head, moments)
+    finally:
+        for name, module in kept.items():
+            _put(model, name, module)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def row(name: str, slot: Any, w: Tensor) -> dict[str, Any]:
+    """What `quantize_model` says about one weight."""
+    out = {"name": name, "recipe": slot.recipe.name, "shape": list(slot.shape), "bytes_before": w.nbytes}
+    if slot.recipe.weights is None:
+        return out | {"bits": None, "bytes": w.nbytes, "error": 0.0}
+    size = slot.packed().nbytes
+    norm, lost = w.float().norm(), 0.0
+    if w.dim() == 2:
+        lost = float((slot.dequantized() - w.float()).norm() / norm.clamp_min(1e-30))
+    else:  # one expert at a time
+        square = sum(float((slot.dequantized(e) - x.float()).square().sum()) for e, x in enumerate(w))
+        lost = square**0.5 / float(norm.clamp_min(1e-30))
+    return out | {"bits": 8 * size / w.numel(), "bytes": size, "error": lost}
+
+
+@torch.no_grad()
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put ordinary linear layers back in place, with the weights as they decode. Experts become modules that compute
+    with dequantized stacks of the same names."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            w = module.slot.dequantized().to(dtype or torch.float32)
+            new = nn.Linear(module.in_features, module.out_features, module.bias is not None, w.device, w.dtype)
+            new.weight.data = w
+            if module.bias is not None:
+                new.bias.data = module.bias.data.to(w.dtype)
+            _put(model, name, new.eval())
+        elif isinstance(module, QuantExperts):
+            _put(model, name, module.dequantized(dtype or torch.float32))

@@ -1,0 +1,175 @@
+"""Instruments for linear layers: fidelity, baselines, what enters the layers, speed, quantizing into a folder."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from turboquant.cli import app
+from turboquant.evaluate import EvaluateError, fidelity
+from turboquant.evaluate.inputs import linear_inputs
+from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_scheme
+from turboquant.evaluate.quantizing import quantize
+from turboquant.evaluate.speed import bench
+from turboquant.layers.linear import QuantLinear
+from turboquant.recipe import RecipeError, parse_recipe
+
+NAMES = ["a8", "a4", "w8", "w4", "w8a8", "w8a8kv4", "w4a4kv4", "w8a8:head=8", *LINEAR_BASELINES]
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_llama, tiny_tokenizer, prose):
+    return {r["recipe"]: r for r in fidelity(tiny_llama, tiny_tokenizer, NAMES, prose, 256, 512, name="tiny")}
+
+
+def test_every_scheme_costs_something_and_more_with_fewer_bits(rows):
+    assert list(rows) == NAMES and all(r["kl"] > 0 and r["kl_se"] > 0 for r in rows.values())
+    order = [("a8", "a4"), ("w8", "w4"), ("w8a8", "w8a8kv4"), ("w8a8kv4", "w4a4kv4"), ("a8-token", "a4-token")]
+    for less, more in (*order, ("w8", "nf4"), ("w8a8", "w8a8:head=8")):
+        assert rows[less]["kl"] < rows[more]["kl"], (less, more)
+
+
+def test_bits_and_kernels(rows):
+    assert rows["w8"]["weight_bits"] == pytest.approx(8 + 24 / 64, abs=0.4) and rows["w8"]["activation_bits"] == 32
+    assert 8 < rows["a8"]["activation_bits"] < 9 and rows["a8"]["weight_bits"] == 32
+    assert rows["w8a8kv4"]["key_bits"] < 6 and rows["w8a8"]["key_bits"] == 32
+    assert rows["nf4"]["kernel"] == "fake-quant" and rows["w8a8"]["kernel"] == rows["w8a8kv4"]["linear_kernel"]
+
+
+def test_the_model_is_itself_again(rows, tiny_llama):
+    assert not any(isinstance(m, QuantLinear) for m in tiny_llama.modules())
+    assert not any(m._forward_pre_hooks for m in tiny_llama.modules())
+
+
+@pytest.mark.parametrize("name", LINEAR_BASELINES)
+def test_baselines_by_hand(name):
+    b, x = LINEAR_BASELINES[name], torch.randn(30, 128)
+    for function, bits in ((b.weight, b.weight_bits), (b.activation, b.activation_bits)):
+        if function is None:
+            continue
+        y = function(x)
+        assert y.shape == x.shape and 3.9 < bits(128) < 9
+        levels = max(len(row.unique()) for row in y[:, :32])
+        assert levels <= 2 ** int(bits(128))
+        large = (y - x).norm() / x.norm()
+        assert (0.001 if bits(128) > 8 else 0.03) < large < (0.02 if bits(128) > 8 else 0.3)
+
+
+def test_llm_int8_keeps_large_channels():
+    x = torch.randn(20, 64)
+    x[3, 7] = 50.0
+    y = LINEAR_BASELINES["llm-int8"].activation(x)
+    assert torch.equal(y[:, 7], x[:, 7]) and not torch.equal(y[:, 8], x[:, 8])
+
+
+def test_baselines_refuse_stacks_of_experts():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.ones(2, 8, 4)), nn.Parameter(torch.ones(2, 4, 4))
+
+    with pytest.raises(ValueError, match="stacks of experts"), linear_scheme(Model(), LINEAR_BASELINES["nf4"]):
+        pass
+
+
+def test_error_feedback_is_marked_in_the_rows(tiny_llama, tiny_tokenizer, prose):
+    moments = collect_moments(tiny_llama, tiny_tokenizer, prose[20_000:], 1024)
+    assert len(moments) == 2 * 7 and moments["model.layers.0.mlp.down_proj"].shape == (96, 96)
+    x = moments["model.layers.1.self_attn.q_proj"]
+    torch.testing.assert_close(x, x.T)
+    assert x.diagonal().mean() == pytest.approx(1, abs=0.05), "behind a norm"
+    (row,) = fidelity(tiny_llama, tiny_tokenizer, ["w4"], prose, 256, 512, moments=moments)
+    assert row["recipe"] == "w4+feedback" and row["kl"] > 0
+
+
+def test_unknown_recipe_lists_the_baselines(tiny_llama, tiny_tokenizer, prose):
+    with pytest.raises(RecipeError, match=r"nf4.*llm-int8"):
+        fidelity(tiny_llama, tiny_tokenizer, ["w5"], prose, 256, 256)
+    with pytest.raises(RecipeError, match="quantizes nothing"):
+        fidelity(tiny_llama, tiny_tokenizer, [parse_recipe("kv4").__class__()], prose, 256, 256)
+
+
+def test_inputs_of_each_layer(tiny_llama, tiny_tokenizer, prose):
+    found = linear_inputs(tiny_llama, tiny_tokenizer, prose, ["kv4", "w8a8", "w4a4"], 256)
+    assert len(found) == 2 * 2 * 7 and {r["recipe"] for r in found} == {"w8a8", "w4a4"}
+    for a, b in zip(found[::2], found[1::2], strict=True):
+        assert a["layer"] == b["layer"] and a["spread"] == b["spread"] >= 1 and a["peak"] > 1
+        assert a["output_error"] < b["output_error"] and a["weight_error"] < b["weight_error"]
+        assert a["hot"] is None and len(b["hot"]) == tiny_llama.get_submodule(a["layer"]).in_features // 16
+    assert linear_inputs(tiny_llama, tiny_tokenizer, prose, ["kv4"], 256) == []
+
+
+def test_bench_counts_bytes(tiny_llama):
+    rows = bench(tiny_llama, ["w4a8kv4:page=16,ring=16,rewind=16", "w8"], prompt=64, new=3, repeats=1)
+    base, packed, eight = rows
+    assert base["recipe"] == "base" and base["decode_speedup"] == base["moved_share"] == 1
+    numbers = sum(p.numel() for p in tiny_llama.parameters())
+    assert base["weight_bytes"] >= 4 * numbers
+    linear = sum(m.weight.numel() for m in tiny_llama.model.modules() if isinstance(m, nn.Linear))
+    saved = base["weight_bytes"] - packed["weight_bytes"]
+    assert saved == pytest.approx(linear * (4 - 4.5 / 8), rel=0.02)
+    assert packed["weight_bytes"] < eight["weight_bytes"] and packed["cache_bytes"] < base["cache_bytes"] * 2
+    embedding = tiny_llama.model.embed_tokens.weight.nbytes
+    assert base["moved_bytes"] == base["weight_bytes"] + base["cache_bytes"] - embedding
+    assert all(r["prefill_tokens_per_second"] > 0 and r["decode_tokens_per_second"] > 0 for r in rows)
+    with pytest.raises(EvaluateError, match="new=0"):
+        bench(tiny_llama, ["w4"], new=0)
+    with pytest.raises(EvaluateError, match="only recipes"):
+        bench(tiny_llama, ["nf4"])
+
+
+def test_quantize_writes_a_folder_that_loads(tiny_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    rows, summary = quantize(tiny_folder, tmp_path / "q", "w4a8kv4", overrides={"down_proj": "w8a8"}, dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert set(layers) == {r["name"] for r in rows} and summary["weights"] == len(rows) == 14
+    assert summary["linear_bytes"] == sum(b.nbytes for m in layers.values() for b in m.buffers())
+    assert summary["linear_bytes"] < summary["linear_before"] / 5 and summary["model_bytes"] < summary["model_before"]
+    assert summary["folder_bytes"] >= summary["model_bytes"] and 0.02 < summary["error"] < 0.2
+    assert layers["model.layers.0.mlp.down_proj"].recipe.name == "w8a8"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q"], "nothing is left beside it"
+
+
+def test_quantize_refuses_before_any_work(tiny_folder, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    for out, recipe, words in (
+        ("full", "w4", "not an empty folder"),
+        ("no/q", "w4", "no folder"),
+        ("q", "a8", "leaves the weights alone"),
+    ):
+        with pytest.raises(EvaluateError, match=words):
+            quantize(tiny_folder, tmp_path / out, recipe)
+    assert not (tmp_path / "q").exists()
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_commands(tiny_folder, tmp_path, prose):
+    book = tmp_path / "book.txt"
+    book.write_text(prose[:20_000])
+    options = ["--keep", "up_proj", "--override", "o_proj=w4a8", "--dtype", "float32", "--device", "cpu", "-q"]
+    options = [tiny_folder, tmp_path / "q", *options, "--json", tmp_path / "q.json"]
+    done = run("quantize", *options, "-r", "w8a8", "--feedback", book)
+    assert done.exit_code == 2 and "no use for feedback" in done.stderr
+    done = run("quantize", *options, "-r", "w8a8")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "q.json").read_text())
+    assert found["summary"]["weights"] == 12 and {r["recipe"] for r in found["weights"]} == {"w8a8", "w4a8"}
+    assert "bits/weight" in done.output and "q_proj" in done.output
+    done = run("bench", tiny_folder, "-r", "w4a8", "--prompt", 16, "--new", 2, "--repeats", 1, "--dtype", "float32",
+               "--device", "cpu", "-q", "--json", "-", "--png", tmp_path / "b.png")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert [r["recipe"] for r in json.loads(done.stdout)] == ["base", "w4a8"]
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+    done = run("inspect", tiny_folder, "--text", book, "--tokens", 256, "-r", "w4a8kv4", "-q", "--json", "-")
+    assert done.exit_code == 0 and len(json.loads(done.stdout)["linear"]) == 14
+    done = run("generate", tiny_folder, "Hello there.", "-r", "w8a8", "--max-new-tokens", 3, "--json", "-")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["new_tokens"] == 3 and json.loads(done.stdout)["pages_bytes"] == 0

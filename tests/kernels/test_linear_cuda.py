@@ -1,0 +1,58 @@
+"""The CUDA and Triton kernels of linear layers against the reference; need a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from turboquant.kernels import ops
+from turboquant.layers.linear import QuantLinear
+from turboquant.maths.activations import decode_int8, encode_int8
+from turboquant.recipe import parse_recipe
+
+pytestmark = pytest.mark.cuda
+
+
+def relative(got, want):
+    return float((got.float() - want.float()).norm() / want.float().norm())
+
+
+@pytest.mark.parametrize("width", [96, 576, 896, 1536, 4096, 14336])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("before", ["nothing", "norm", "gate"])
+def test_fused_quantize(width, dtype, before):
+    pytest.importorskip("triton")
+    from turboquant.kernels.triton.rows import fused_quantize
+
+    x = torch.randn(5, width, device="cuda").to(dtype)
+    x[:, 3] *= 40
+    options, want = {}, x.float()
+    if before == "norm":
+        w = torch.rand(width, device="cuda").add(0.5).to(dtype)
+        options, want = {"norm": w}, F.rms_norm(x.float(), (width,), None, 1e-6).to(dtype).float() * w.float()
+    if before == "gate":
+        g = torch.randn_like(x)
+        options, want = {"gate": g}, F.silu(g.float()).to(dtype).float() * x.float()
+    own = relative(decode_int8(encode_int8(want.to(dtype))), want)
+    assert 0 < relative(decode_int8(fused_quantize(x, **options)), want) <= 2 * own
+
+
+@pytest.mark.parametrize("name", ["w4a8", "w4a8:group=0", "w8a8", "w8a8:group=0", "w4", "w8", "w4a4"])
+@pytest.mark.parametrize("rows", [1, 7, 64, 300])
+def test_linear(name, rows):
+    pytest.importorskip("humming")
+    recipe = parse_recipe(name).linear
+    layer = QuantLinear(512, 384, True, recipe, "cuda", torch.bfloat16)
+    layer.slot.load(torch.randn(384, 512, device="cuda") * 0.05)
+    layer.bias.data.normal_()
+    x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        if layer.slot.tracked:
+            layer.slot.start()
+            layer.slot.follow(x)
+        with ops.use_backend("reference"):
+            want = layer.slot(x.float(), layer.bias.float())
+        got = layer.slot(x, layer.bias)
+    assert ops.choose("linear", layer.slot.spec(x.dtype), x.device)[0] == "cuda"
+    plain = F.linear(x, layer.slot.dequantized().bfloat16(), layer.bias)
+    exact = F.linear(x.float(), layer.slot.dequantized(), layer.bias.float())
+    assert relative(got, want) <= 2 * relative(plain, exact)

@@ -1,0 +1,293 @@
+"""Linear recipes through `from_pretrained`: loading, saving, every kind of layer, and what is refused."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from turboquant import TurboQuantCache, TurboQuantConfig
+from turboquant.layers.linear import QuantExperts, QuantLinear
+from turboquant.packed.checkpoint import CheckpointError
+from turboquant.recipe import RecipeError
+
+MOE = {
+    "olmoe": ("olmoe", dict(hidden_size=64, num_experts=4, num_experts_per_tok=4)),
+    "qwen3-moe": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=4, moe_intermediate_size=32)),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=4)),
+}  # every expert for every token: no routing that a rounding could flip
+
+
+@pytest.fixture
+def saved(tmp_path, tiny):
+    """(name, **changes) -> (model, folder it was saved to)."""
+
+    def make(name, shard="50GB", **changes):
+        if name in MOE:
+            import transformers
+
+            kind, options = MOE[name]
+            base = tiny("llama-gqa").config.to_dict()
+            keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "head_dim", "max_position_embeddings", "initializer_range", "pad_token_id",
+                    "bos_token_id")  # fmt: skip
+            config = transformers.AutoConfig.for_model(
+                kind, **({k: base[k] for k in keep} | options | {"tie_word_embeddings": False} | changes)
+            )
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        else:
+            model = tiny(name, **changes)
+        model.save_pretrained(tmp_path / "float", max_shard_size=shard)
+        return model, tmp_path / "float"
+
+    return make
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 90, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids, use_cache=False).logits
+
+
+def relative(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+def load(folder, recipe="w8a8", **options):
+    """With the attention that the tiny models run: SDPA of older transformers leaves out Gemma 2's soft-cap."""
+    config = TurboQuantConfig(recipe, **options)
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", quantization_config=config)
+
+
+def floats(model):
+    """Names of linear layers and stacks of experts that are not quantized."""
+    out = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+    return out + [n for n, p in model.named_parameters() if p.dim() == 3 and p.shape[0] > 1 and "conv" not in n]
+
+
+def test_every_architecture_is_near_itself_and_comes_back_bit_for_bit(name, saved, tmp_path, ids):
+    model, folder = saved(name)
+    want, q = logits(model, ids), load(folder)
+    assert floats(q) == ["lm_head"]
+    got = logits(q, ids)
+    assert 0 < relative(got, want) < 0.2
+    q.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager")
+    assert torch.equal(logits(again, ids), logits(q, ids))
+    assert again.config.quantization_config.recipe == "w8a8" and floats(again) == ["lm_head"]
+
+
+@pytest.mark.parametrize("kind", MOE)
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4", "w4a8kv4"])
+def test_stacks_of_experts_are_quantized(kind, recipe, saved, tmp_path, ids):
+    model, folder = saved(kind)
+    q = load(folder, recipe)
+    assert floats(q) == ["lm_head"] and sum(isinstance(m, QuantExperts) for m in q.modules()) == 3
+    error = relative(logits(q, ids), logits(model, ids))
+    assert 0 < error < (0.2 if recipe == "w8a8" else 1.2), error
+    q.save_pretrained(tmp_path / "packed")
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager"), ids),
+        logits(q, ids),
+    )
+
+
+@pytest.mark.parametrize("recipe", ["w4", "w8", "w4a8", "w4a4", "a8", "a4", "w8a8:group=0", "w4a4:freeze=16,agroup=16"])
+def test_recipes_round_trip(recipe, saved, tmp_path, ids):
+    model, folder = saved("llama-gqa")
+    q = load(folder, recipe)
+    logits(q, ids)
+    q.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager")
+    for other in (ids, ids.flip(1)):
+        assert torch.equal(logits(again, other), logits(q, other)), "with the tracker's state"
+    assert relative(logits(q, ids), logits(model, ids)) > 0
+
+
+@pytest.mark.parametrize("recipe", ["w4a8", "w8a4"])
+def test_quantizing_while_loading_gives_what_quantizing_afterwards_gives(recipe, saved, ids):
+    from turboquant.layers.convert import Plan, quantize_model
+    from turboquant.recipe import parse_recipe
+
+    model, folder = saved("llama-gqa", shard="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3, "sharded"
+    q = load(folder, recipe)
+    quantize_model(model, Plan(parse_recipe(recipe)), model.lm_head)
+    want = model.state_dict()
+    assert set(want) == set(q.state_dict())
+    for key, t in q.state_dict().items():
+        assert torch.equal(t, want[key]) and t.dtype == want[key].dtype, key
+    for m in q.modules():
+        if isinstance(m, QuantLinear):
+            assert m.weight.nbytes == m.in_features * m.out_features // 2 * m.recipe.weights.stages
+
+
+def test_sharded_packed_checkpoint(saved, tmp_path, ids):
+    _, folder = saved("llama-gqa")
+    q = load(folder)
+    q.save_pretrained(tmp_path / "packed", max_shard_size="40KB")
+    assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 2
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager"), ids),
+        logits(q, ids),
+    )
+
+
+def test_bfloat16_and_the_cache_in_one(saved, tmp_path):
+    _, folder = saved("qwen2")
+    recipe = "w8a8kv4:page=16,ring=16,rewind=16"
+    q = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=TurboQuantConfig(recipe))
+    inputs = dict(input_ids=torch.randint(2, 90, (2, 40)), attention_mask=torch.ones(2, 40, dtype=torch.long))
+    out = q.generate(**inputs, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, TurboQuantCache) and out.past_key_values.nbytes()["pages"] > 0
+    q.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.bfloat16)
+    same = again.generate(**inputs, max_new_tokens=10, do_sample=False)
+    assert torch.equal(same, out.sequences)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_output_embeddings(tied, saved, tmp_path, ids):
+    model, folder = saved("llama-gqa", tie_word_embeddings=tied)
+    plain = load(folder, "w8a8")
+    assert type(plain.lm_head) is torch.nn.Linear
+    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
+    q = load(folder, "w8a8:head=8")
+    assert isinstance(q.lm_head, QuantLinear) and q.lm_head.recipe.name == "w8"
+    assert torch.equal(q.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert relative(logits(q, ids), logits(model, ids)) < 0.2
+    for n, m in (("tied", plain), ("head", q)):
+        m.save_pretrained(tmp_path / n)
+        assert torch.equal(
+            logits(AutoModelForCausalLM.from_pretrained(tmp_path / n, attn_implementation="eager"), ids), logits(m, ids)
+        )
+
+
+def test_modules_and_overrides(saved, tmp_path, ids):
+    _, folder = saved("llama-gqa")
+    overrides = {r"layers\.0\..*down_proj": "w8a8", r"v_proj": "none"}
+    q = load(folder, "w4a8", modules_to_not_convert=["layers.2.mlp.up_proj"], overrides=overrides)
+    assert floats(q) == [
+        "model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj", "model.layers.2.self_attn.v_proj",
+        "model.layers.2.mlp.up_proj", "lm_head",
+    ]  # fmt: skip
+    assert (
+        q.model.layers[0].mlp.down_proj.recipe.name == "w8a8" and q.model.layers[1].mlp.down_proj.recipe.name == "w4a8"
+    )
+    q.save_pretrained(tmp_path / "packed")
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager"), ids),
+        logits(q, ids),
+    )
+
+
+def test_dequantize(saved, ids):
+    _, folder = saved("phi3")
+    q = load(folder, "w8a8")
+    near = logits(q, ids)
+    q = q.dequantize()
+    assert not any(isinstance(m, QuantLinear) for m in q.modules()) and relative(near, logits(q, ids)) < 0.2
+    assert not hasattr(q.config, "quantization_config")
+
+
+def edit(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def packed(saved, tmp_path):
+    _, folder = saved("llama-gqa")
+    load(folder, "w4a8").save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+Q = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(f"{Q}.weight_scale"), [f"'{Q}.weight_scale'", "missing"]),
+        (lambda t: t.pop("model.norm.weight"), ["'model.norm.weight'", "missing"]),
+        (lambda t: t.update({f"{Q}.more": torch.ones(1)}), [f"'{Q}.more'", "not part"]),
+        (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:, :5].clone()}), [f"'{Q}.weight'", "expected"]),
+        (lambda t: t.update({f"{Q}.weight_zero": t[f"{Q}.weight_zero"].float()}), [f"'{Q}.weight_zero'", "uint8"]),
+    ],
+)
+def test_damaged_checkpoints(packed, change, words):
+    edit(packed, change)
+    with pytest.raises(CheckpointError) as e:
+        AutoModelForCausalLM.from_pretrained(packed)
+    assert "model.safetensors" in str(e.value) and all(w in str(e.value) for w in words), e.value
+
+
+def test_truncated_file(packed):
+    path = packed / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"model\.safetensors|incomplete|invalid|metadata|Incomplete"):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+@pytest.mark.parametrize(("key", "value", "words"), [("format", 99, "format 99"), ("recipe", "w8a8", "expected")])
+def test_a_configuration_that_the_checkpoint_cannot_serve(packed, key, value, words):
+    path = packed / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"][key] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words):
+        AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_config_refuses():
+    for options, words in (
+        (dict(recipe="w5a8"), "unknown recipe"),
+        (dict(recipe="w4", overrides={"(": "w8"}), "regular expression"),
+        (dict(recipe="w4:group=7"), "group=7"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            TurboQuantConfig(**options)
+    with pytest.raises(ValueError, match="bits"):
+        TurboQuantConfig("w4", bits=3)
+
+
+def test_adapters_read_the_unquantized_input(saved, ids):
+    """LoRA on top: the adapter's share of the output is exactly that of its float input."""
+    if importlib.util.find_spec("peft") is None:
+        pytest.skip("peft is not installed")
+    from peft import LoraConfig, get_peft_model
+
+    _, folder = saved("llama-gqa")
+    q = load(folder, "w4a4:freeze=1")
+    base = logits(q, ids)
+    model = get_peft_model(q, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    assert relative(logits(model, ids), base) > 0
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 48)
+    with torch.no_grad():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        share = layer(x) - layer.base_layer(x)
+    torch.testing.assert_close(share, x @ a.T @ b.T * layer.scaling["default"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_gguf_is_quantized_after_loading(smollm2_gguf):
+    """transformers does not combine GGUF files with a quantization_config; `quantize_model` takes the loaded model."""
+    from turboquant.evaluate.models import load as load_model
+    from turboquant.layers.convert import Plan, quantize_model
+    from turboquant.recipe import parse_recipe
+
+    model, tokenizer = load_model(smollm2_gguf)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    want = logits(model, ids)
+    rows = quantize_model(model, Plan(parse_recipe("w8a8")), model.get_output_embeddings())
+    assert len(rows) == 30 * 7 and relative(logits(model, ids), want) < 0.05
