@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from turboquant.maths.codebook import lloyd_max
-from turboquant.maths.codec import ROW_STEPS, S_STEPS, TIE, TRIALS, codebook, log_decode, token_scale
+from turboquant.maths.codec import ROW_STEPS, S_STEPS, TIE, TRIALS, codebook, int8_levels, log_decode, token_scale
 from turboquant.maths.rotation import hadamard_block, signs
 from turboquant.packed.bits import packed_bytes
 from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
@@ -89,6 +89,7 @@ def _spec(layout: PageLayout) -> Any:
         levels = lloyd_max(bits, None) if plain else codebook(bits)
         tables[f"{part}_levels"] = levels
         tables[f"{part}_edges"] = (levels[1:] + levels[:-1]) / 2
+        numbers[f"{part}_unit"] = int8_levels(bits)[1]
     offsets = {name: field.offset for name, field in layout.fields.items()}
     return _native.spec(
         {k: float(v) for k, v in numbers.items()}, offsets, {k: v.float().tolist() for k, v in tables.items()}

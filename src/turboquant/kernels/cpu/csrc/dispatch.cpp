@@ -15,14 +15,15 @@ TQ_DECLARE(portable)
 #if defined(TQ_X86)
 TQ_DECLARE(avx2)
 TQ_DECLARE(avx512)
+TQ_DECLARE(avx512vnni)
 #endif
 
 namespace {
 
 struct Table {
-  const Kernels* kernels[3];
-  const Encoder* encoder[3];
-  const char* names[3];
+  const Kernels* kernels[4];
+  const Encoder* encoder[4];
+  const char* names[4];
   int count = 0;
   void take(const Kernels& k, const Encoder& e) { kernels[count] = &k, encoder[count] = &e, names[count++] = k.name; }
   Table() {
@@ -30,6 +31,9 @@ struct Table {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+      if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
+        take(avx512vnni::kernels, avx512::encoder);
+      }
       take(avx512::kernels, avx512::encoder);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {

@@ -44,7 +44,7 @@ Spec make_spec(const Numbers& n, const Offsets& at, const Tables& tables) {
   s.norm = float(need(n, "norm")), s.s_steps = float(need(n, "s_steps")), s.row_steps = float(need(n, "row_steps"));
   s.decay_old = float(need(n, "decay_old")), s.decay_new = float(need(n, "decay_new"));
   s.blend_old = float(need(n, "blend_old")), s.blend_new = float(need(n, "blend_new"));
-  s.tie = float(need(n, "tie"));
+  s.tie = float(need(n, "tie")), s.key_unit = float(need(n, "key_unit")), s.value_unit = float(need(n, "value_unit"));
   if (s.d < 16 || s.d > MAX_D || s.d % 16 || s.page < 16 || s.page > MAX_PAGE || s.page % 16 || s.hot > MAX_HOT ||
       s.block < 16 || s.d % s.block) {
     throw std::invalid_argument("a size of the spec is out of range");
