@@ -1,8 +1,10 @@
-"""The CPU backend, experimental: packed codes read with AVX-512, AVX2 or portable vectors.
+"""The CPU backend: packed codes read with AVX-512 VNNI, AVX-512, AVX2 or portable vectors (NEON on aarch64).
 
-It runs only within `use_backend("cpu")`. See `cache`; the C++ is in csrc/.
+See `cache` and `quantize`; the C++ is in csrc/.
 """
 
-from turboquant.kernels.cpu.cache import cache_append, cache_attention, supports
+from turboquant.kernels.cpu.cache import DTYPES, cache_append, cache_attention, supports
 
-__all__ = ["cache_append", "cache_attention", "supports"]
+GRADIENTS = False
+
+__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "supports"]

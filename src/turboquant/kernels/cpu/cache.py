@@ -3,8 +3,7 @@
 Every size and offset comes from PageLayout and every table from maths/; the C++ in csrc/ knows none. The environment
 variable TURBOQUANT_CPU_ISA (avx512, avx2 or portable) forces an instruction set.
 
-Differences from the reference: sums run in another order, so a stored scale, or a code next to a level boundary, may
-round the other way, in float16 more often (docs/cpu.md); and there is no gradient.
+Bytes are the reference's, bit for bit; outputs differ by rounding. There is no gradient.
 """
 
 import os
