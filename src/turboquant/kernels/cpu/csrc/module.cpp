@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <stdexcept>
 
 #include "driver.h"
@@ -141,6 +142,19 @@ NB_MODULE(_native, m) {
     c.scaling = float(scaling), c.softcap = float(softcap), c.window = window, c.ring = ring;
     c.sink_logits = address<float>(sink_logits);
     attention(c, kernels_of(isa.c_str()), threads);
+  });
+  // addresses: x signs codes scale; sizes: rows width stride block dtype
+  m.def("quantize_rows", [](const std::string& isa, int threads, const std::array<int64_t, 4>& at,
+                            const std::array<int64_t, 5>& size, double norm) {
+    nb::gil_scoped_release release;
+    const RowsToQuantize a{address<void>(at[0]), int(size[4]), int(size[3]), size[1], size[2], address<float>(at[1]),
+                           float(norm), address<int8_t>(at[2]), address<float>(at[3])};
+    const int64_t rows = size[0], per = std::max<int64_t>(1, 8192 / a.width);  // rows of a task
+    const Quantizer& q = quantizer_of(isa.c_str());
+    parallel((rows + per - 1) / per, threads, [&](int64_t task, int) {
+      std::unique_ptr<float[]> scratch(new float[a.width]);
+      for (int64_t row = task * per; row < std::min(rows, (task + 1) * per); row++) q.row(a, row, scratch.get());
+    });
   });
   m.def("append", [](const Spec& spec, const std::string& isa, int threads, const std::array<int64_t, 10>& buffers,
                      const std::array<int64_t, 10>& sizes, const Row& q, const Row& k, const Row& v, int64_t valid) {

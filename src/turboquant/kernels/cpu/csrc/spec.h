@@ -94,6 +94,20 @@ struct Encoder {
   void (*encode)(const Spec&, const PageInput&, float* scratch);
 };
 
+struct RowsToQuantize {  // rows of `width` numbers, `stride` elements apart
+  const void* x;
+  int dtype, block;
+  int64_t width, stride;
+  const float* signs;  // (width)
+  float norm;          // block^-1/2
+  int8_t* codes;       // (rows, width)
+  float* scale;        // (rows)
+};
+
+struct Quantizer {
+  void (*row)(const RowsToQuantize&, int64_t row, float* scratch);  // scratch: (width)
+};
+
 inline int64_t integer_tile_floats(const Spec& s) { return int64_t(s.page) * MAX_D / 4; }
 inline int64_t integer_floats(const Spec& s) {  // the tile, and three digits of each row
   return integer_tile_floats(s) + ROWS * 3 * (MAX_PAGE + 64) / 4;
