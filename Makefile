@@ -24,7 +24,7 @@ OLDEST        := .venv-oldest
 NATIVE        := CMakeLists.txt $(wildcard src/turboquant/kernels/cpu/csrc/*)
 PINS          := pyproject.toml constraints.txt $(NATIVE)
 
-.PHONY: help demo test check test-oldest sanitize clean
+.PHONY: help demo test check test-oldest sanitize package clean
 
 help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
@@ -32,6 +32,7 @@ help:
 	@echo "make check        lint, format, types, import contract, tests/test_tiny.py (under a minute)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
 	@echo "make sanitize     the native CPU module under the address and undefined-behaviour sanitizers"
+	@echo "make package      the sdist installs with a compiler and without one; the wheel is manylinux"
 	@echo "make clean        remove the environments, caches and the demo's report"
 	@echo "Variables: PYTHON=$(PYTHON)  PYTEST_ARGS='-k page'  DEMO_ARGS=...  TORCH_PIP_ARGS=..."
 
@@ -53,6 +54,9 @@ test-oldest: $(OLDEST)/.stamp-test
 
 sanitize: $(VENV)/.stamp-test
 	PYTHON=$(VENV)/bin/python tests/sanitize.sh $(PYTEST_ARGS)
+
+package: $(VENV)/.stamp-test
+	PYTHON=$(VENV)/bin/python tests/package.sh
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
