@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-COLUMNS = "op cache context ms growth_ms tokens_per_s cache_bytes resident_bytes".split()
+COLUMNS = ["op", "cache", "context", "ms", "growth_ms", "tokens_per_s", "cache_bytes", "resident_bytes"]
 
 
 def resident() -> int:
