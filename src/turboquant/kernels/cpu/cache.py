@@ -7,7 +7,8 @@ Bytes are the reference's, bit for bit; outputs differ by rounding. There is no 
 """
 
 import os
-from functools import lru_cache
+import weakref
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -108,6 +109,13 @@ def _dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+_known: dict[int, tuple[Any, ...]] = {}  # of buffers by identity: a weak reference, what was checked, sizes
+
+
+def _forget(number: int, _: Any) -> None:
+    _known.pop(number, None)
+
+
 def _check_buffers(buf: CacheBuffers, layout: PageLayout, batch: int, heads: int) -> None:
     dtype, width = buf.ring_k.dtype, buf.table.shape[1]
     if dtype not in DTYPES:
@@ -135,17 +143,22 @@ def _arguments(
     pool, width = tensors[0].shape[0], tensors[1].shape[1]
     # the checks are repeated when anything moved: a decode step changes nothing but the numbers in the buffers
     key = (at, tensors[0].shape, tensors[1].shape, b, h, layout)
-    known = vars(buf).get("_cpu_arguments")
-    if known is None or known[0] != key:
+    known = _known.get(id(buf))
+    if known is None or known[0]() is not buf or known[1] != key:
         _check_buffers(buf, layout, b, h)
         slots, sinks, samples = buf.ring_k.shape[2], buf.sink_k.shape[2], buf.readers.shape[2]
-        known = key, _spec(layout), buf.ring_k.dtype, (slots, sinks, samples, width, DTYPES[buf.ring_k.dtype], pool)
-        vars(buf)["_cpu_arguments"] = known
-    _, spec, dtype, sizes = known
+        known = (
+            weakref.ref(buf, partial(_forget, id(buf))),
+            key,
+            buf.ring_k.dtype,
+            (slots, sinks, samples, width, DTYPES[buf.ring_k.dtype], pool),
+        )
+        _known[id(buf)] = known
+    _, _, dtype, sizes = known
     q, k, v = _dense(q), _dense(k, dtype), _dense(v, dtype)
     valid = None if valid is None else valid.contiguous()
     at_valid = 0 if valid is None else valid.data_ptr()
-    return spec, at, (b, h, q.shape[1] // h, n, *sizes), _row(q), _row(k), _row(v), at_valid, (q, k, v, valid)
+    return _spec(layout), at, (b, h, q.shape[1] // h, n, *sizes), _row(q), _row(k), _row(v), at_valid, (q, k, v, valid)
 
 
 def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
