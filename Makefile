@@ -30,7 +30,7 @@ PINS          := pyproject.toml constraints.txt $(NATIVE)
 
 HAS_TRITON    := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 
-.PHONY: help demo test check test-triton test-oldest sanitize clean
+.PHONY: help demo test check test-triton test-oldest sanitize package clean
 
 help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
@@ -39,6 +39,7 @@ help:
 	@echo "make test-triton  the Triton kernels in Triton's interpreter (part of make test, two minutes)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
 	@echo "make sanitize     the native CPU module under the address and undefined-behaviour sanitizers"
+	@echo "make package      the sdist installs with a compiler and without one; the wheel is manylinux"
 	@echo "make clean        remove the environments, caches and the demo's report"
 	@echo "Variables: PYTHON=$(PYTHON)  PYTEST_ARGS='-k page'  DEMO_ARGS=...  TORCH_PIP_ARGS=..."
 
@@ -68,6 +69,9 @@ test-oldest: $(OLDEST)/.stamp-test
 
 sanitize: $(VENV)/.stamp-test
 	PYTHON=$(VENV)/bin/python tests/sanitize.sh $(PYTEST_ARGS)
+
+package: $(VENV)/.stamp-test
+	PYTHON=$(VENV)/bin/python tests/package.sh
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -21,5 +21,5 @@ sys.meta_path[:] = [f for f in sys.meta_path if "Redirect" not in type(f).__name
 import pytest
 import turboquant.kernels.cpu as cpu
 assert "sanitize" in cpu.__file__, cpu.__file__
-sys.exit(pytest.main(["-q", "tests/kernels/test_cpu_cache.py", *sys.argv[1:]]))
+sys.exit(pytest.main(["-q", "tests/kernels/test_cpu_cache.py", "tests/kernels/test_cpu_quantize.py", *sys.argv[1:]]))
 ' "$@"

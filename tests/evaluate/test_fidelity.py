@@ -67,7 +67,7 @@ def test_figures_order_as_they_must(rows):
 def test_the_cache_and_the_baseline_agree_on_the_paper(rows):
     """Two implementations of one scheme: the real cache with its pages, and fake quantization of whole windows."""
     cache, fake = rows["plain4:ring=128"], rows["plain4+ring"]
-    assert cache["kernel"] == "reference" and fake["kernel"] == "fake-quant"
+    assert cache["kernel"] in ("cpu", "reference") and fake["kernel"] == "fake-quant"
     assert cache["kl"] == pytest.approx(fake["kl"], rel=0.02)
     assert cache["match"] == pytest.approx(fake["match"], abs=0.05)
     assert cache["key_bits"] == fake["key_bits"] == 4 + 16 / 32

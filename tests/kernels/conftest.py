@@ -14,6 +14,7 @@ from torch import Tensor
 
 from turboquant.layers.cache import LayerCache
 from turboquant.maths.codec import encode_keys, encode_plain, encode_values
+from turboquant.maths.exact import chain_sum, root
 from turboquant.maths.tracker import ChannelTracker, page_stats
 from turboquant.packed.buffers import READER_STRIDE
 from turboquant.packed.page import PageLayout, pack_page
@@ -95,7 +96,8 @@ class Oracle:
                 keys, values = encode_plain(kp, kv.key_bits), encode_plain(vp, kv.value_bits)
             else:
                 readers = q.unflatten(0, (h, -1))[:, :, part][:, :, READER_STRIDE - 1 :: READER_STRIDE].float()
-                power = readers.square().mean(1).sqrt().to(k.dtype).float().square().mean(1)
+                sample = root(chain_sum(readers.square(), 1) / readers.shape[1]).to(k.dtype).float()
+                power = chain_sum(sample.square(), 1) / sample.shape[1]
                 own = page_stats(kp, power, usable)
                 keys = encode_keys(kp, tracker.frozen(own, kv.blend), kv.key_bits, layout.hot, usable)
                 values = encode_values(vp, kv.value_bits, usable)

@@ -49,8 +49,11 @@ class Chunk:
     masked: bool = False
 
 
+ANY = Chunk()
+
+
 def _refusal(
-    name: str, op: str, layout: PageLayout | LinearSpec | None, device: torch.device, chunk: Chunk
+    name: str, op: str, layout: PageLayout | LinearSpec | None, device: torch.device, chunk: Chunk = ANY
 ) -> str | None:
     """None if the backend can run the op, else the reason."""
     module = import_module(f"turboquant.kernels.{name}")
@@ -70,7 +73,7 @@ def _refusal(
 
 
 def choose(
-    op: str, layout: PageLayout | LinearSpec | None, device: torch.device, chunk: Chunk | None = None
+    op: str, layout: PageLayout | LinearSpec | None, device: torch.device, chunk: Chunk = ANY
 ) -> tuple[str, str]:
     """(backend, reason) for an op.
 
@@ -80,7 +83,7 @@ def choose(
     forced = _forced.get()
     reasons: list[str] = []
     for name in BACKENDS if forced == "auto" else (forced,):
-        why = _refusal(name, op, layout, device, chunk or Chunk())
+        why = _refusal(name, op, layout, device, chunk)
         if why is None and forced == "auto" and INTERPRETED.get(name) == device.type:
             why = f"{name}: its interpreter runs only with use_backend({name!r})"
         if why is None:
@@ -105,17 +108,20 @@ def use_backend(name: str) -> Iterator[None]:
 def explain(
     layout: PageLayout | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> list[dict[str, str]]:
-    """Which kernel runs each cache op on single tokens, and why none before it: rows of {"op", "kernel", "device", "why"}.
+    """Which kernel runs each cache op on single tokens, and why none before it.
 
     Args:
         layout, device, dtype: of the cache; without a dtype, one that every backend serves.
+
+    Returns:
+        Rows of {"op", "kernel", "device", "why"}.
     """
     return _explain(OPS, layout, torch.device(device), Chunk(dtype))
 
 
 def explain_linear(spec: LinearSpec, device: torch.device | str = "cpu") -> list[dict[str, str]]:
     """Which kernel runs each op of a linear layer, and why the ones before it do not: rows as of `explain`."""
-    return _explain(LINEAR_OPS, spec, torch.device(device), Chunk())
+    return _explain(LINEAR_OPS, spec, torch.device(device), ANY)
 
 
 def _explain(

@@ -23,6 +23,7 @@ from turboquant.maths.codec import (
     encode_plain,
     encode_values,
 )
+from turboquant.maths.exact import chain_sum, root
 from turboquant.maths.tracker import ChannelStats, ChannelTracker, page_stats
 from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
 from turboquant.packed.page import PageLayout, pack_page, unpack_keys, unpack_values
@@ -127,7 +128,7 @@ def _append_rows(
     at = torch.arange(start, end, device=k.device)
     at = at[at % READER_STRIDE == READER_STRIDE - 1]
     group = q.unflatten(1, (k.shape[1], -1))[:, :, :, at - start].float()
-    sample = _finite(group.square().mean(2).sqrt()).to(buf.readers.dtype)  # (b, H, samples, d)
+    sample = _finite(root(chain_sum(group.square(), 2) / group.shape[2])).to(buf.readers.dtype)  # (b, H, samples, d)
 
     if end // size > first:
         old = torch.arange(first * size, start, device=k.device)
@@ -143,7 +144,7 @@ def _append_rows(
             page = torch.arange(first, end // size, device=k.device)[some]
             kf, vf = page_k[:, :, some].float(), page_v[:, :, some].float()
             usable = _usable(kf, vf) & (position[some] >= sinks)
-            power = reader[:, :, some].float().square().mean(3)
+            power = chain_sum(reader[:, :, some].float().square(), 3) / reader.shape[3]
             before = ChannelStats.unstack(buf.tracker[rows, (first + i - 1) % STATES]) if first + i else None
             data, states = encode_pages(layout, kf, vf, power, usable, before)
             ids = buf.table[rows][:, page].long()

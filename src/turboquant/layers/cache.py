@@ -5,6 +5,7 @@ page is free again when no sequence names it.
 """
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class LayerCache:
             part = slice(i, i + size)
             qi, ki, vi = q[:, :, part], k[:, :, part], v[:, :, part]
             some = None if valid is None else valid[:, part]
-            kwargs = dict(scaling=scaling, window=self.window, softcap=softcap, sink_logits=sink_logits)
+            kwargs: dict[str, Any] = dict(scaling=scaling, window=self.window, softcap=softcap, sink_logits=sink_logits)
             m = None if mask is None else mask[:, :, part, part]
             out.append(ops.cache_attention(self.buf, self.layout, qi, ki, vi, some, m, **kwargs))
             counts = [ki.shape[2]] * len(self.lengths) if some is None else some.sum(1).tolist()

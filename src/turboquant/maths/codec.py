@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from turboquant.maths.codebook import lloyd_max, nearest, uniform
+from turboquant.maths.exact import lane_sum
 from turboquant.maths.quantizer import least_squares_scale, rms, safe_divide
 from turboquant.maths.rotation import rotate, unrotate
 from turboquant.maths.tracker import ChannelStats
@@ -28,7 +29,7 @@ from turboquant.maths.tracker import ChannelStats
 S_STEPS = 16  # steps per octave of log_s: 4.4 % apart
 ROW_STEPS = 32  # steps per octave of log_scale: 2.2 % apart
 TRIALS = (1.0, 0.8, 0.8667, 0.9333, 1.0667, 1.1333, 1.2)  # of a row's RMS
-TIE = 1 + 2.0**-18  # a later trial must fit better by this factor: backends sum in different orders
+TIE = 1 + 2.0**-18  # a later trial must fit better by this factor: a backend may sum in another order
 FP16_MAX = 65504.0
 
 
@@ -117,15 +118,15 @@ def _row_scale(y: Tensor, levels: Tensor) -> Tensor:
     norm, best, overlap = rms(y), None, None
     for trial in TRIALS:
         c = levels[nearest(safe_divide(y, norm * trial), levels).long()]
-        dot = (y * c).sum(-1)
-        fit = dot.square() / c.square().sum(-1)
+        dot = lane_sum(y * c)
+        fit = dot.square() / lane_sum(c.square())
         if best is None or overlap is None:
             best, overlap = fit, dot
         else:
             better = fit > best * TIE
             best, overlap = torch.where(better, fit, best), torch.where(better, dot, overlap)
     assert overlap is not None
-    return safe_divide(y.square().sum(-1), overlap)
+    return safe_divide(lane_sum(y.square()), overlap)
 
 
 def encode_rows(y: Tensor, bits: int, usable: Tensor) -> RowCodes:

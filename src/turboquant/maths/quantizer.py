@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from turboquant.maths.codebook import lloyd_max, nearest
+from turboquant.maths.exact import lane_sum, root
 from turboquant.maths.rotation import rotate, unrotate
 
 
 def rms(y: Tensor) -> Tensor:
     """Root mean square over the last dimension, kept: (..., d) -> (..., 1)."""
-    return y.square().mean(-1, keepdim=True).sqrt()
+    return root(lane_sum(y.square()) / y.shape[-1]).unsqueeze(-1)
 
 
 def least_squares_scale(y: Tensor, values: Tensor) -> Tensor:
     """argmin_a ‖y - a·values‖² over the last dimension, kept: (..., 1). Zero where values are all zero."""
-    return (y * values).sum(-1, keepdim=True) / values.square().sum(-1, keepdim=True).clamp_min(1e-30)
+    return (lane_sum(y * values) / lane_sum(values.square()).clamp_min(1e-30)).unsqueeze(-1)
 
 
 def safe_divide(y: Tensor, scale: Tensor) -> Tensor:

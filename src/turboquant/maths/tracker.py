@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from turboquant.maths.exact import lane_sum, root
+
 _TINY = 1e-20
 
 
@@ -46,8 +48,8 @@ class ChannelStats:
 
     def scales(self) -> Tensor:
         """s = (σ_K/σ_Q)^½ normalised to unit RMS over the channels: (..., d)."""
-        s = (self.sigma_key() / self.sigma_query()).sqrt()
-        return s / s.square().mean(-1, keepdim=True).sqrt()
+        s = root(self.sigma_key() / self.sigma_query())
+        return s / root(lane_sum(s.square()) / s.shape[-1]).unsqueeze(-1)
 
     def hot(self, count: int) -> Tensor:
         """Indices of the `count` channels with the largest σ_K·σ_Q, ascending: (..., count) int64."""
@@ -57,7 +59,7 @@ class ChannelStats:
 
 
 def _floored_root(x: Tensor) -> Tensor:
-    return x.clamp_min(0).add(1e-8 * x.amax(-1, keepdim=True) + _TINY).sqrt()
+    return root(x.clamp_min(0).add(1e-8 * x.amax(-1, keepdim=True) + _TINY))
 
 
 def page_stats(k: Tensor, power: Tensor, usable: Tensor) -> ChannelStats:
@@ -71,8 +73,8 @@ def page_stats(k: Tensor, power: Tensor, usable: Tensor) -> ChannelStats:
     """
     w = usable.unsqueeze(-1)
     n = w.sum(-2).clamp_min(1)
-    mean = torch.where(w, k, 0.0).sum(-2) / n
-    var = torch.where(w, k - mean.unsqueeze(-2), 0.0).square().sum(-2) / n
+    mean = lane_sum(torch.where(w, k, 0.0), -2) / n
+    var = lane_sum(torch.where(w, k - mean.unsqueeze(-2), 0.0).square(), -2) / n
     return ChannelStats(mean, var, power)
 
 

@@ -1,18 +1,19 @@
-"""The CPU backend.
+"""The CPU backend: packed codes read with AVX-512 VNNI, AVX-512, AVX2 or portable vectors (NEON on aarch64).
 
-Its cache ops are experimental and run only within `use_backend("cpu")`: packed codes read with AVX-512, AVX2 or
-portable vectors, see `cache`; the C++ is in csrc/. Its linear layers run wherever the package auto-round-lib is
-installed, see `linear`.
+See `cache` and `rows`; the C++ is in csrc/. Its linear layers run where the package auto-round-lib is installed, see
+`linear`.
 """
 
 from typing import Any
 
 from turboquant.kernels.cpu import cache
 from turboquant.kernels.cpu import linear as _linear
-from turboquant.kernels.cpu.cache import cache_append, cache_attention
+from turboquant.kernels.cpu.cache import DTYPES, cache_append, cache_attention
 from turboquant.kernels.cpu.linear import linear, quantize, rotate
 
-__all__ = ["cache_append", "cache_attention", "linear", "quantize", "rotate", "supports"]
+GRADIENTS = False
+
+__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "linear", "quantize", "rotate", "supports"]
 
 
 def supports(op: str, layout: Any, device: Any) -> str | None:

@@ -31,7 +31,7 @@ def _quantize_rows() -> Any:
     """The native module's fused rotation and rounding, (x (M, K), block) -> (int8 codes (M, K), fp32 units (M,));
     None without it."""
     try:
-        module: Any = import_module("turboquant.kernels.cpu.quantize")
+        module: Any = import_module("turboquant.kernels.cpu.rows")
     except ImportError:
         return None
     return module.quantize_rows if cache._native is not None else None

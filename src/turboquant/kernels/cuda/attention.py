@@ -106,7 +106,8 @@ def config(
     four = int8_levels(4)[0]
     numbers: dict[str, object] = {
         "D": d, "KEY_BITS": kv.key_bits, "VALUE_BITS": kv.value_bits, "HOT": layout.hot, "BLOCK": hadamard_block(d),
-        "BF16": int(dtype == torch.bfloat16), "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps, "BUFFERS": BUFFERS,  "MANY": int(many), "CAP": int(cap),
+        "BF16": int(dtype == torch.bfloat16), "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps,
+        "BUFFERS": BUFFERS, "MANY": int(many), "CAP": int(cap),
         "PAGE_BYTES": layout.page_bytes, "VALUE_PART": layout.key_bytes, "S_STEPS": S_STEPS, "ROW_STEPS": ROW_STEPS,
         "SCRATCH_BYTES": scratch_bytes(layout, rows_of_tile * tiles), "HALF": half_bytes(layout, rows_of_tile * tiles),
         "AT_MEAN": at("key_mean_code"), "AT_LOG_S": at("key_log_s"), "AT_KEY_SCALE": at("key_log_scale"),
@@ -139,7 +140,8 @@ class _Kernel:
         chip = torch.cuda.get_device_properties(device)
         # as many warps as share a multiprocessor, by the larger tile, so that work is cut the same way for any rows
         most = WARPS if tiles == 1 and layout.head_dim <= 128 else WARPS // 2
-        fit = (chip.shared_memory_per_block_optin - 1024) // scratch_bytes(layout, 8 * tiles)
+        memory: int = chip.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        fit = (memory - 1024) // scratch_bytes(layout, 8 * tiles)
         if not fit:
             raise nvrtc.CompileError(f"{layout.kv.name} with head_dim {layout.head_dim} does not fit {chip.name}")
         self.block_warps = next(w for w in (16, 8, 4, 2, 1) if w <= min(most, fit))
@@ -149,8 +151,10 @@ class _Kernel:
 
 
 @lru_cache(maxsize=256)
-def _kernel(layout: PageLayout, dtype: torch.dtype, rows: int, many: bool, cap: bool, device: torch.device) -> _Kernel:
-    return _Kernel(layout, dtype, rows, many, cap, device)
+def _kernel(
+    layout: PageLayout, dtype: torch.dtype, group: int, rows: int, many: bool, cap: bool, device: torch.device
+) -> _Kernel:
+    return _Kernel(layout, dtype, group, rows, many, cap, device)
 
 
 def cache_attention(

@@ -4,6 +4,7 @@
 // row, a logit is a_t·(q'·level) + (q∘s)·mean + the hot channels, and no key is ever rotated back. Values stay rotated
 // in the accumulator; one inverse rotation per output row undoes that (`finish`).
 #include "fused.h"
+#include "integer.h"
 
 namespace tq {
 namespace TQ_ISA {
@@ -11,7 +12,7 @@ namespace TQ_ISA {
 namespace {
 
 struct Scratch {
-  float *q, *s, *tile, *scale, *mean, *rows, *hot;
+  float *q, *s, *tile, *scale, *mean, *rows, *hot, *integer;
   explicit Scratch(const Spec& spec, float* p) {
     q = p, p += 2 * ROWS * LD;
     s = p, p += ROWS * (spec.page > EXACT ? spec.page : EXACT);
@@ -19,7 +20,8 @@ struct Scratch {
     scale = p, p += MAX_D;
     mean = p, p += MAX_D;
     rows = p, p += 16 * MAX_D;
-    hot = p;
+    hot = p, p += spec.hot * spec.page;
+    integer = p;
   }
 };
 
@@ -89,6 +91,42 @@ TQ_INLINE void token_scales(const Spec& s, const uint8_t* page, int64_t plain_at
   for (int t = 0; t < s.page; t += 16) store(out + t, mul(b, lookup(s.a_table, page + log_at + t)));
 }
 
+// y = R(q∘s) from scale = s·sign·norm; returns (q∘s)·mean from mean = s·mean
+TQ_INLINE float turn(const float* q, const float* scale, const float* mean, int d, int block, float* y) {
+  V16 sum = zero();
+  for (int k = 0; k < d; k += 16) {
+    const V16 x = load(q + k);
+    sum = fma(x, load(mean + k), sum);
+    store(y + k, mul(x, load(scale + k)));
+  }
+  hadamard(y, d, block, 1.0f);
+  return sum16(sum);
+}
+
+template <int NV>
+TQ_INLINE float turn(const float* q, const float* scale, const float* mean, float* y) {
+  V16 sum = zero(), x[NV];
+  for (int i = 0; i < NV; i++) {
+    x[i] = load(q + 16 * i);
+    sum = fma(x[i], load(mean + 16 * i), sum);
+    x[i] = mul(x[i], load(scale + 16 * i));
+  }
+  hadamard_block<NV>(x);
+  for (int i = 0; i < NV; i++) store(y + 16 * i, x[i]);
+  return sum16(sum);
+}
+
+// logits x <- x·scale + constant + the hot channels, 16·NV tokens
+template <int NV>
+TQ_INLINE void add_hot(float* x, const float* scale, V16 constant, const float* q, const float* hot, int count, int P) {
+  V16 y[NV];
+  for (int v = 0; v < NV; v++) y[v] = fma(load(x + 16 * v), load(scale + 16 * v), constant);
+  for (int i = 0; i < count; i++) {
+    for (int v = 0; v < NV; v++) y[v] = fma(set1(q[i]), load(hot + i * P + 16 * v), y[v]);
+  }
+  for (int v = 0; v < NV; v++) store(x + 16 * v, y[v]);
+}
+
 static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, int64_t last, Rows run, float* memory) {
   const Spec& s = *c.spec;
   const int rows = r1 - r0, d = s.d, P = s.page;
@@ -97,6 +135,8 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
   const Table key_table = make_table(s.key_levels, s.key_bits, !s.plain),
               value_table = make_table(s.value_levels, s.value_bits, !s.plain);
   float key_scale[MAX_PAGE], value_scale[MAX_PAGE], constant[ROWS];
+  const bool integer = INTEGER && !s.plain, fine = c.q.dtype == F32, fused = !integer && rows <= FUSED_ROWS;
+  IntegerScratch whole(s, w.integer);
   Span span[ROWS];
   int64_t lo = INT64_MAX, hi = 0;
   for (int r = 0; r < rows; r++) {
@@ -126,26 +166,22 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
       for (int k = 0; k < d; k += 16) store(w.mean + k, mul(from_i8(page + s.key_mean_code + k), set1(step)));
       for (int i = 0; i < s.hot; i++) w.scale[page[s.key_hot_index + i]] = 0;
     }
+    for (int k = 0; k < d; k += 16) {
+      const V16 sign = load(s.signs + k), scale = s.plain ? set1(1.0f) : load(w.scale + k);
+      store(w.mean + k, s.plain ? zero() : mul(load(w.mean + k), scale));
+      store(w.scale + k, mul(scale, mul(sign, set1(s.norm))));
+    }
     for (int r = 0; r < rows; r++) {  // q' and the constant of each row
       const float* q = raw + r * LD;
-      float* y = turned + r * LD;
-      V16 sum = zero();
-      for (int k = 0; k < d; k += 16) {
-        V16 x = load(q + k);
-        if (!s.plain) {
-          x = mul(x, load(w.scale + k));
-          sum = fma(x, load(w.mean + k), sum);
-        }
-        store(y + k, mul(x, load(s.signs + k)));
-      }
-      hadamard(y, d, s.block, s.norm);
-      float total = sum16(sum);
+      float total = d == 64    ? turn<4>(q, w.scale, w.mean, turned + r * LD)
+                    : d == 128 ? turn<8>(q, w.scale, w.mean, turned + r * LD)
+                               : turn(q, w.scale, w.mean, d, s.block, turned + r * LD);
       for (int i = 0; i < s.hot; i++) total += q[page[s.key_hot_index + i]] * header_half(page + s.key_hot_mean + 2 * i);
       constant[r] = total;
     }
-    const bool fused = rows <= FUSED_ROWS;
+    if (integer) (fine ? integer_dot<3> : integer_dot<2>)(s, turned, rows, page + s.key_codes, w.s, P, whole);
     if (fused) fused_dot(turned, rows, page + s.key_codes, s.key_row, P, d, key_table, w.s, P);
-    for (int t = 0; t < P && !fused; t += TILE) {
+    for (int t = 0; t < P && !fused && !integer; t += TILE) {
       const int count = P - t < TILE ? P - t : TILE;
       key_tile(page + s.key_codes + int64_t(t) * s.key_row, s.key_row, count, d, key_table, w.tile);
       dot_tile(turned, rows, w.tile, count, d, w.s + t, P);
@@ -159,11 +195,9 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
       float *x = w.s + r * P, q_hot[MAX_HOT];
       const V16 add_ = set1(constant[r]);
       for (int i = 0; i < s.hot; i++) q_hot[i] = raw[r * LD + page[s.key_hot_index + i]];
-      for (int t = 0; t < P; t += 16) {
-        V16 y = fma(load(x + t), load(key_scale + t), add_);
-        for (int i = 0; i < s.hot; i++) y = fma(set1(q_hot[i]), load(w.hot + i * P + t), y);
-        store(x + t, y);
-      }
+      int t = 0;
+      for (; t + 64 <= P; t += 64) add_hot<4>(x + t, key_scale + t, add_, q_hot, w.hot + t, s.hot, P);
+      for (; t < P; t += 16) add_hot<1>(x + t, key_scale + t, add_, q_hot, w.hot + t, s.hot, P);
     }
     for (int r = 0; r < rows; r++) {
       float* x = w.s + r * P;
@@ -171,8 +205,9 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
       for (int64_t t = span[r].hi - from > 0 ? span[r].hi - from : 0; t < P; t++) x[t] = -INFINITY;
       softmax_row(x, value_scale, P, d, c.softcap, run.m[r], run.l[r], run.o + r * LD);
     }
+    if (integer) (fine ? integer_mix<3> : integer_mix<2>)(s, w.s, P, rows, page + s.value_codes, run.o, whole);
     if (fused) fused_mix(w.s, P, rows, page + s.value_codes, s.value_row, P, d, value_table, run.o);
-    for (int t = 0; t < P && !fused; t += TILE) {
+    for (int t = 0; t < P && !fused && !integer; t += TILE) {
       const int count = P - t < TILE ? P - t : TILE;
       value_tile(page + s.value_codes + int64_t(t) * s.value_row, s.value_row, count, d, value_table, w.tile);
       mix_tile(w.s + t, P, rows, w.tile, count, d, run.o);

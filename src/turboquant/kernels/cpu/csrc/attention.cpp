@@ -14,7 +14,8 @@
 namespace tq {
 
 int64_t attend_scratch_floats(const Spec& s) {
-  return 2 * ROWS * LD + ROWS * std::max(s.page, EXACT) + TILE * MAX_D + 16 * MAX_D + 2 * MAX_D + 16 * MAX_D + s.hot * s.page + 64;
+  return 2 * ROWS * LD + ROWS * std::max(s.page, EXACT) + TILE * MAX_D + 16 * MAX_D + 2 * MAX_D + 16 * MAX_D + s.hot * s.page +
+         integer_floats(s) + 64;
 }
 
 namespace {

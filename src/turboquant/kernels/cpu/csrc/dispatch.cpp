@@ -9,34 +9,42 @@ namespace tq {
   namespace ns {                  \
   extern const Kernels kernels;   \
   extern const Encoder encoder;   \
+  extern const Quantizer quantizer; \
   }
 
 TQ_DECLARE(portable)
 #if defined(TQ_X86)
 TQ_DECLARE(avx2)
 TQ_DECLARE(avx512)
+TQ_DECLARE(avx512vnni)
 #endif
 
 namespace {
 
 struct Table {
-  const Kernels* kernels[3];
-  const Encoder* encoder[3];
-  const char* names[3];
+  const Kernels* kernels[4];
+  const Encoder* encoder[4];
+  const Quantizer* quantizer[4];
+  const char* names[4];
   int count = 0;
-  void take(const Kernels& k, const Encoder& e) { kernels[count] = &k, encoder[count] = &e, names[count++] = k.name; }
+  void take(const Kernels& k, const Encoder& e, const Quantizer& q) {
+    kernels[count] = &k, encoder[count] = &e, quantizer[count] = &q, names[count++] = k.name;
+  }
   Table() {
 #if defined(TQ_X86)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-      take(avx512::kernels, avx512::encoder);
+      if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
+        take(avx512vnni::kernels, avx512::encoder, avx512::quantizer);
+      }
+      take(avx512::kernels, avx512::encoder, avx512::quantizer);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-      take(avx2::kernels, avx2::encoder);
+      take(avx2::kernels, avx2::encoder, avx2::quantizer);
     }
 #endif
-    take(portable::kernels, portable::encoder);
+    take(portable::kernels, portable::encoder, portable::quantizer);
   }
   int find(const char* isa) const {
     for (int i = 0; i < count; i++) {
@@ -55,6 +63,7 @@ const Table& table() {
 
 const Kernels& kernels_of(const char* isa) { return *table().kernels[table().find(isa)]; }
 const Encoder& encoder_of(const char* isa) { return *table().encoder[table().find(isa)]; }
+const Quantizer& quantizer_of(const char* isa) { return *table().quantizer[table().find(isa)]; }
 const char* const* isa_names(int* count) {
   *count = table().count;
   return table().names;

@@ -47,6 +47,20 @@ static Worst load_finite(const void* src, int dtype, int d, float* dst) {
   return found;
 }
 
+// a sum over tokens in lane_sum's order (maths/sums.py): term(t) goes to lane t mod 16
+template <class Term>
+TQ_INLINE V16 token_sum(int tokens, Term term) {
+  V16 lane[16];
+  for (int i = 0; i < 16; i++) lane[i] = zero();
+  for (int t = 0; t < tokens; t += 16) {
+    for (int i = 0; i < 16; i++) lane[i] = add(lane[i], term(t + i));
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; i++) lane[i] = add(lane[i], lane[i + half]);
+  }
+  return lane[0];
+}
+
 // (3, d) mean, variance, power of the usable tokens
 static void page_stats(const Spec& s, const float* k, const uint8_t* usable, const float* power, float* stats) {
   const int d = s.d;
@@ -54,16 +68,11 @@ static void page_stats(const Spec& s, const float* k, const uint8_t* usable, con
   for (int t = 0; t < s.page; t++) n += usable[t];
   const V16 count = set1(float(n ? n : 1));
   for (int c = 0; c < d; c += 16) {
-    V16 sum = zero(), square = zero();
-    for (int t = 0; t < s.page; t++) {
-      if (usable[t]) sum = add(sum, load(k + t * d + c));
-    }
-    const V16 mean = div(sum, count);
-    for (int t = 0; t < s.page; t++) {
-      if (!usable[t]) continue;
-      const V16 x = sub(load(k + t * d + c), mean);
-      square = add(square, mul(x, x));
-    }
+    const V16 mean = div(token_sum(s.page, [&](int t) { return usable[t] ? load(k + t * d + c) : zero(); }), count);
+    const V16 square = token_sum(s.page, [&](int t) {
+      const V16 x = usable[t] ? sub(load(k + t * d + c), mean) : zero();
+      return mul(x, x);
+    });
     store(stats + c, mean), store(stats + d + c, div(square, count)), store(stats + 2 * d + c, load(power + c));
   }
 }

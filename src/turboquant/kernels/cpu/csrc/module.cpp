@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <memory>
 #include <stdexcept>
 
 #include "driver.h"
@@ -44,7 +45,7 @@ Spec make_spec(const Numbers& n, const Offsets& at, const Tables& tables) {
   s.norm = float(need(n, "norm")), s.s_steps = float(need(n, "s_steps")), s.row_steps = float(need(n, "row_steps"));
   s.decay_old = float(need(n, "decay_old")), s.decay_new = float(need(n, "decay_new"));
   s.blend_old = float(need(n, "blend_old")), s.blend_new = float(need(n, "blend_new"));
-  s.tie = float(need(n, "tie"));
+  s.tie = float(need(n, "tie")), s.key_unit = float(need(n, "key_unit")), s.value_unit = float(need(n, "value_unit"));
   if (s.d < 16 || s.d > MAX_D || s.d % 16 || s.page < 16 || s.page > MAX_PAGE || s.page % 16 || s.hot > MAX_HOT ||
       s.block < 16 || s.d % s.block) {
     throw std::invalid_argument("a size of the spec is out of range");
@@ -141,6 +142,19 @@ NB_MODULE(_native, m) {
     c.scaling = float(scaling), c.softcap = float(softcap), c.window = window, c.ring = ring;
     c.sink_logits = address<float>(sink_logits);
     attention(c, kernels_of(isa.c_str()), threads);
+  });
+  // addresses: x signs codes scale; sizes: rows width stride block dtype
+  m.def("quantize_rows", [](const std::string& isa, int threads, const std::array<int64_t, 4>& at,
+                            const std::array<int64_t, 5>& size, double norm) {
+    nb::gil_scoped_release release;
+    const RowsToQuantize a{address<void>(at[0]), int(size[4]), int(size[3]), size[1], size[2], address<float>(at[1]),
+                           float(norm), address<int8_t>(at[2]), address<float>(at[3])};
+    const int64_t rows = size[0], per = std::max<int64_t>(1, 8192 / a.width);  // rows of a task
+    const Quantizer& q = quantizer_of(isa.c_str());
+    parallel((rows + per - 1) / per, threads, [&](int64_t task, int) {
+      std::unique_ptr<float[]> scratch(new float[a.width]);
+      for (int64_t row = task * per; row < std::min(rows, (task + 1) * per); row++) q.row(a, row, scratch.get());
+    });
   });
   m.def("append", [](const Spec& spec, const std::string& isa, int threads, const std::array<int64_t, 10>& buffers,
                      const std::array<int64_t, 10>& sizes, const Row& q, const Row& k, const Row& v, int64_t valid) {

@@ -5,20 +5,17 @@
 namespace tq {
 namespace TQ_ISA {
 
-// e^x for x <= 0 to 2 units in the last place; exactly 1 at 0, exactly 0 below -87, NaN stays
+// e^x for x <= 0, relative error below (2 + |x|)·2^-24; exactly 1 at 0, exactly 0 below -87, NaN stays
 TQ_INLINE V16 exp16(V16 x) {
-  const V16 y = max(set1(-88.0f), min(set1(88.0f), x));
-  const V16 n = rint(mul(y, set1(1.44269504089f)));
-  V16 r = fma(n, set1(-0.693359375f), y);
-  r = fma(n, set1(2.12194440e-4f), r);
-  V16 p = set1(1.9875691500e-4f);
-  p = fma(p, r, set1(1.3981999507e-3f));
-  p = fma(p, r, set1(8.3334519073e-3f));
-  p = fma(p, r, set1(4.1665795894e-2f));
-  p = fma(p, r, set1(1.6666665459e-1f));
-  p = fma(p, r, set1(5.0000001201e-1f));
-  p = add(fma(mul(r, r), p, r), set1(1.0f));
-  return keep_if_ge(x, -87.0f, mul(p, pow2(n)));
+  const V16 t = mul(max(set1(-88.0f), x), set1(1.44269504089f));  // max keeps the NaN of its second argument
+  const V16 n = rint(t), f = sub(t, n);
+  V16 p = set1(1.53707048e-4f);
+  p = fma(p, f, set1(1.33998483e-3f));
+  p = fma(p, f, set1(9.61837325e-3f));
+  p = fma(p, f, set1(5.55032904e-2f));
+  p = fma(p, f, set1(2.40226485e-1f));
+  p = fma(p, f, set1(6.93147206e-1f));
+  return keep_if_ge(x, -87.0f, times_pow2(fma(p, f, set1(1.0f)), n));
 }
 
 TQ_INLINE float exp1(float x) { return first(exp16(set1(x))); }
@@ -45,17 +42,26 @@ TQ_INLINE V16 tanh16(V16 x) {
 }
 
 template <int H>
-TQ_INLINE V16 butterfly(V16 x) {  // lanes without bit H: x + partner; with it: partner - x
-  constexpr uint16_t with = H == 1 ? 0xAAAA : H == 2 ? 0xCCCC : H == 4 ? 0xF0F0 : 0xFF00;
-  const V16 y = swap<H>(x);
-  return pick(with, sub(y, x), add(x, y));
+struct Signs {  // -1 where lane has bit H
+  alignas(64) float of[16];
+  constexpr Signs() : of() {
+    for (int i = 0; i < 16; i++) of[i] = i & H ? -1.0f : 1.0f;
+  }
+};
+
+template <int H>
+TQ_INLINE V16 butterfly(V16 x) {  // lanes without bit H: partner + x; with it: partner - x; a product with 1 is exact
+  static constexpr Signs<H> sign;
+  return fma(x, load(sign.of), swap<H>(x));
 }
+
+TQ_INLINE V16 hadamard16(V16 x) { return butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(x)))); }
 
 // x <- blockdiag(H)·x·norm over blocks of a power of two >= 16; stages of half 1, 2, 4, ... as the reference
 TQ_INLINE void hadamard(float* x, int d, int block, float norm) {
   const V16 f = set1(norm);
   for (int i = 0; i < d; i += 16) {
-    V16 y = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(x + i)))));
+    const V16 y = hadamard16(load(x + i));
     store(x + i, block == 16 ? mul(y, f) : y);
   }
   for (int half = 16; half < block; half *= 2) {
@@ -66,6 +72,22 @@ TQ_INLINE void hadamard(float* x, int d, int block, float norm) {
         const V16 s = add(a, b), t = sub(a, b);
         store(x + j, last ? mul(s, f) : s), store(x + j + half, last ? mul(t, f) : t);
       }
+    }
+  }
+}
+
+// the same for 16·NV numbers that are one block, in registers
+template <int NV>
+TQ_INLINE void hadamard_block(V16 (&x)[NV]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < NV; i++) x[i] = hadamard16(x[i]);
+#pragma GCC unroll 4
+  for (int half = 1; half < NV; half *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < NV; i++) {
+      if (i & half) continue;
+      const V16 a = x[i], b = x[i + half];
+      x[i] = add(a, b), x[i + half] = sub(a, b);
     }
   }
 }

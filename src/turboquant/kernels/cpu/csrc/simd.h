@@ -33,7 +33,7 @@ TQ_INLINE V16 fma(V16 x, V16 y, V16 z) { return {_mm512_fmadd_ps(x.a, y.a, z.a)}
 TQ_INLINE V16 max(V16 x, V16 y) { return {_mm512_max_ps(x.a, y.a)}; }  // y where either is NaN
 TQ_INLINE V16 min(V16 x, V16 y) { return {_mm512_min_ps(x.a, y.a)}; }
 TQ_INLINE V16 rint(V16 x) { return {_mm512_roundscale_ps(x.a, 8)}; }
-TQ_INLINE V16 pow2(V16 n) { return {_mm512_scalef_ps(_mm512_set1_ps(1), n.a)}; }
+TQ_INLINE V16 times_pow2(V16 x, V16 n) { return {_mm512_scalef_ps(x.a, n.a)}; }
 TQ_INLINE V16 keep_if_ge(V16 x, float bound, V16 y) {  // y where not x < bound, else 0
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.a, _mm512_set1_ps(bound), _CMP_NLT_UQ), y.a)};
 }
@@ -77,7 +77,7 @@ TQ_INLINE V16 rint(V16 x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b
 TQ_INLINE __m256 pow2_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-TQ_INLINE V16 pow2(V16 n) { return {pow2_half(n.a), pow2_half(n.b)}; }
+TQ_INLINE V16 times_pow2(V16 x, V16 n) { return mul(x, {pow2_half(n.a), pow2_half(n.b)}); }
 TQ_INLINE V16 keep_if_ge(V16 x, float bound, V16 y) {
   const __m256 f = _mm256_set1_ps(bound);
   return {_mm256_and_ps(_mm256_cmp_ps(x.a, f, _CMP_NLT_UQ), y.a), _mm256_and_ps(_mm256_cmp_ps(x.b, f, _CMP_NLT_UQ), y.b)};
@@ -152,12 +152,12 @@ TQ_INLINE V16 rint(V16 x) {  // |x| < 2^22: adding and taking away 1.5·2^23 rou
   const V16 big = set1(12582912.0f);
   return sub(add(x, big), big);
 }
-TQ_INLINE V16 pow2(V16 n) {
-  return each(n, n, [](float a, float) {
-    const uint32_t u = a == a ? uint32_t(int32_t(a) + 127) << 23 : 0;
+TQ_INLINE V16 times_pow2(V16 x, V16 n) {
+  return each(x, n, [](float a, float b) {
+    const uint32_t u = b == b ? uint32_t(int32_t(b) + 127) << 23 : 0;
     float r;
     std::memcpy(&r, &u, 4);
-    return r;
+    return a * r;
   });
 }
 TQ_INLINE V16 keep_if_ge(V16 x, float bound, V16 y) {

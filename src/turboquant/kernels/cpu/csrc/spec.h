@@ -31,6 +31,7 @@ struct Spec {
   float s_table[256], a_table[256];  // log_decode of key_log_s; 2^(-code/row_steps) of log scales, 0 at 255
   int key_count, value_count;        // levels
   float key_levels[256], value_levels[256], key_edges[256], value_edges[256];
+  float key_unit, value_unit;  // of which the levels of live codes are whole multiples, -127 to 127
 };
 
 struct Strided {  // (batch, head, token, d) with the last dimension dense; strides in elements
@@ -93,6 +94,24 @@ struct Encoder {
   void (*encode)(const Spec&, const PageInput&, float* scratch);
 };
 
+struct RowsToQuantize {  // rows of `width` numbers, `stride` elements apart
+  const void* x;
+  int dtype, block;
+  int64_t width, stride;
+  const float* signs;  // (width)
+  float norm;          // block^-1/2
+  int8_t* codes;       // (rows, width)
+  float* scale;        // (rows)
+};
+
+struct Quantizer {
+  void (*row)(const RowsToQuantize&, int64_t row, float* scratch);  // scratch: (width)
+};
+
+inline int64_t integer_tile_floats(const Spec& s) { return int64_t(s.page) * MAX_D / 4; }
+inline int64_t integer_floats(const Spec& s) {  // the tile, and three digits of each row
+  return integer_tile_floats(s) + ROWS * 3 * (MAX_PAGE + 64) / 4;
+}
 int64_t attend_scratch_floats(const Spec&);
 constexpr int64_t ENCODE_SCRATCH = 2 * MAX_PAGE * MAX_D + 16 * MAX_D;
 

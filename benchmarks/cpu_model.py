@@ -1,0 +1,178 @@
+"""A whole model on the CPU: what encoding adds to a prompt, decoding with a long context, and llama.cpp beside it.
+
+    python benchmarks/cpu_model.py MODEL --context 8192 32768 --threads 1 --json out.json
+    python benchmarks/cpu_model.py MODEL.gguf --llama --context 8192     # needs llama-cpp-python and numpy only
+
+Decoding is timed with caches that are filled with random keys and values: what a step costs does not depend on them.
+Contestants take turns, token by token; medians. `growth_ms` is what a token costs with the context less what it costs
+without one, which is attention and cache alone and can be compared with llama.cpp, whose other arithmetic differs. For
+llama.cpp the prompt is really processed (flash attention, q4_0 keys and values), so that its cache is full.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ["op", "cache", "context", "ms", "growth_ms", "tokens_per_s", "cache_bytes", "resident_bytes"]
+
+
+def resident() -> int:
+    """Resident bytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def fill(model: Any, cache: Any, tokens: int) -> None:
+    """Give every layer of the cache `tokens` random tokens."""
+    import torch
+
+    from turboquant.integrations.transformers.cache import TurboQuantLayer
+    from turboquant.kernels import ops
+
+    config = model.config
+    h, hq = config.num_key_value_heads, config.num_attention_heads
+    d = getattr(config, "head_dim", None) or config.hidden_size // hq
+    for i in range(config.num_hidden_layers):
+        q, k, v = (torch.randn(1, n, tokens, d, dtype=model.dtype) for n in (hq, h, h))
+        if not cache.layers or not isinstance(cache.layers[i], TurboQuantLayer):
+            cache.update(k, v, i)
+            continue
+        layer = cache.layers[i].cache
+        layer._start(k)
+        layer._reserve([tokens])
+        ops.cache_append(layer.buf, layer.layout, q, k, v, None)
+        layer.lengths, layer._reach, layer.columns = [tokens], [tokens], tokens
+
+
+def decode_rows(model: Any, contexts: list[int], tokens: int, recipe: str) -> list[dict[str, Any]]:
+    """Rows of both caches without and with each context."""
+    import torch
+    from transformers import DynamicCache
+
+    from turboquant import TurboQuantCache
+
+    rows = []
+    for context in [0, *contexts]:
+        caches, sizes = {}, {}
+        for name in (recipe, "bf16"):
+            before = resident()
+            caches[name] = TurboQuantCache(model, recipe) if name == recipe else DynamicCache(config=model.config)
+            if context:
+                fill(model, caches[name], context)
+            sizes[name] = resident() - before
+        ms: dict[str, list[float]] = {name: [] for name in caches}
+        token = torch.tensor([[11]])
+        for i in range(tokens + 1):
+            for name, cache in caches.items():
+                model.set_attn_implementation("turboquant" if name == recipe else "sdpa")
+                start = time.perf_counter()
+                model(token, past_key_values=cache)
+                if i:
+                    ms[name].append(1e3 * (time.perf_counter() - start))
+        held = caches["bf16"].layers
+        bytes_ = {recipe: caches[recipe].nbytes()["total"], "bf16": sum(x.keys.nbytes + x.values.nbytes for x in held)}
+        for name in caches:
+            t = statistics.median(ms[name])
+            empty = next((r["ms"] for r in rows if r["cache"] == name and r["context"] == 0), t)
+            rows.append(row("decode", name, context, t, t - empty, bytes_[name], sizes[name]))
+    return rows
+
+
+def row(op: str, cache: str, context: int, ms: float, growth: float, size: int, held: int) -> dict[str, Any]:
+    values = (op, cache, context, ms, growth, 1e3 / ms, size, held)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def prefill_rows(model: Any, tokens: int, rounds: int, recipe: str) -> list[dict[str, Any]]:
+    """The prompt's time, and how much of it cache_append takes."""
+    import torch
+
+    from turboquant import TurboQuantCache
+    from turboquant.kernels.cpu import cache as cpu
+
+    seconds: list[float] = []
+    append = cpu._native.append
+
+    class Timed:
+        attention = cpu._native.attention
+
+        @staticmethod
+        def append(*args: Any) -> None:
+            start = time.perf_counter()
+            append(*args)
+            seconds.append(time.perf_counter() - start)
+
+    native, cpu._native = cpu._native, Timed  # type: ignore[assignment]
+    whole, encode, size = [], [], 0
+    for _ in range(rounds):
+        seconds.clear()
+        cache = TurboQuantCache(model, recipe)
+        start = time.perf_counter()
+        model(torch.randint(0, 1000, (1, tokens)), past_key_values=cache, logits_to_keep=1)
+        whole.append(1e3 * (time.perf_counter() - start)), encode.append(1e3 * sum(seconds))
+        size = cache.nbytes()["total"]
+    cpu._native = native
+    t, e = statistics.median(whole), statistics.median(encode)
+    print(f"encoding takes {100 * e / t:.2f} % of a prompt of {tokens} tokens")
+    return [row("prefill", recipe, tokens, t, 0.0, size, 0), row("encode", recipe, tokens, e, 0.0, size, 0)]
+
+
+def llama_rows(path: str, contexts: list[int], tokens: int, threads: int) -> list[dict[str, Any]]:
+    """llama.cpp with flash attention and q4_0 keys and values: time per token without and with each context."""
+    from llama_cpp import GGML_TYPE_Q4_0, Llama
+
+    rows = []
+    for context in contexts:
+        llm = Llama(path, n_ctx=context + tokens + 32, n_threads=threads, n_threads_batch=2, n_batch=2048, n_ubatch=512,
+                    flash_attn=True, type_k=GGML_TYPE_Q4_0, type_v=GGML_TYPE_Q4_0, verbose=False)  # fmt: skip
+        ms: dict[int, list[float]] = {0: [], context: []}
+        for filled in (0, context):
+            llm.reset()
+            llm.eval([100 + i % 1000 for i in range(max(filled, 4))])
+            for _ in range(tokens):
+                start = time.perf_counter()
+                llm.eval([11])
+                ms[filled].append(1e3 * (time.perf_counter() - start))
+        empty, full = statistics.median(ms[0]), statistics.median(ms[context])
+        rows += [row("decode", "llama.cpp q4_0", 0, empty, 0.0, 0, 0)]
+        rows += [row("decode", "llama.cpp q4_0", context, full, full - empty, 0, 0)]
+        del llm
+    return rows
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model")
+    p.add_argument("--recipe", default="kv4")
+    p.add_argument("--context", type=int, nargs="+", default=[8192])
+    p.add_argument("--tokens", type=int, default=24, help="decoded tokens of each cache")
+    p.add_argument("--prompt", type=int, default=0, help="also time a prompt of so many tokens and its encoding")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--llama", action="store_true", help="time llama.cpp on MODEL (a GGUF file) instead")
+    p.add_argument("--json", type=Path, metavar="OUT")
+    a = p.parse_args()
+    if a.llama:
+        rows = llama_rows(a.model, a.context, a.tokens, a.threads)
+    else:
+        import torch
+
+        from turboquant.evaluate.models import load
+
+        torch.set_num_threads(a.threads)
+        with torch.no_grad():
+            model, _ = load(a.model, dtype="bfloat16", device="cpu")
+            rows = decode_rows(model, a.context, a.tokens, a.recipe)
+            if a.prompt:
+                rows += prefill_rows(model, a.prompt, 3, a.recipe)
+    print("  ".join(COLUMNS))
+    for r in rows:
+        print("  ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in r.values()))
+    if a.json:
+        a.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# What a user gets: the sdist installs in a fresh environment with a compiler and without one, and the wheel is manylinux.
+# Usage: tests/package.sh; PYTHON names an interpreter whose environment has torch, transformers and the build packages.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON="$(realpath -s "${PYTHON:-.venv/bin/python}")"
+OUT="$PWD/build/package"
+rm -rf "$OUT" && mkdir -p "$OUT"
+"$PYTHON" -c 'import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])' "$OUT" > "$OUT/log" 2>&1 \
+  || { cat "$OUT/log"; exit 1; }
+SDIST="$(ls "$OUT"/turboquant-*.tar.gz)"
+export BORROWED="$("$PYTHON" -c 'import torch, os; print(os.path.dirname(os.path.dirname(torch.__file__)))')"
+
+# check NAME CODE: the sdist in an environment of its own, which borrows torch and its kin
+check() {
+  "$PYTHON" -m venv "$OUT/$1"
+  "$OUT/$1/bin/python" -m pip install -q --no-cache-dir --no-deps "$SDIST"
+  (cd "$OUT" && HF_HUB_OFFLINE=1 "$OUT/$1/bin/python" -c "
+import os, sys
+sys.path.append(os.environ['BORROWED'])
+sys.meta_path[:] = [f for f in sys.meta_path if 'Redirect' not in type(f).__name__]
+import turboquant
+assert '/$1/' in turboquant.__file__, turboquant.__file__
+from turboquant.kernels import cpu, ops
+rows = ops.explain()
+$2
+print('$1: ', rows[0])")
+}
+
+check compiler 'assert {r["kernel"] for r in rows} == {"cpu"}, rows'
+CC=false CXX=false check none 'assert {r["kernel"] for r in rows} == {"reference"} and "not built" in rows[0]["why"], rows'
+
+"$OUT/compiler/bin/python" -m pip install -q auditwheel
+"$OUT/compiler/bin/python" -m pip wheel -q --no-deps -w "$OUT" "$SDIST"
+"$OUT/compiler/bin/python" -m auditwheel show "$OUT"/turboquant-*.whl | tee "$OUT/auditwheel"
+grep -q manylinux "$OUT/auditwheel"
