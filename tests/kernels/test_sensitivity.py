@@ -8,8 +8,10 @@ bits, because a single head is noisy; the margins stand below what was measured,
 import itertools
 import math
 
+import pytest
 import torch
 
+from turboquant.kernels import ops
 from turboquant.kernels.reference import decode_page_keys
 from turboquant.layers.cache import LayerCache
 from turboquant.maths.tracker import ChannelStats, ChannelTracker
@@ -18,6 +20,13 @@ from turboquant.recipe import KVRecipe
 LAYERS = ("qwen_a", "qwen_b", "smollm2", "gemma3")
 PAGES = (16, 32, 64)
 SINKS = 4
+
+
+@pytest.fixture(autouse=True)
+def _reference():
+    """Ideas are switched off in maths/, which only the reference runs."""
+    with ops.use_backend("reference"):
+        yield
 
 
 def attention_logs(q, k):

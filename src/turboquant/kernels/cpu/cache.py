@@ -56,7 +56,8 @@ def supports(op: str, layout: PageLayout | None, device: torch.device) -> str | 
 
 
 @lru_cache(maxsize=64)
-def _spec(layout: PageLayout) -> Any:
+def _spec(layout: PageLayout, page_bytes: int) -> Any:
+    # page_bytes is in the key: a stale size would let the native code write beyond a page
     kv, d = layout.kv, layout.head_dim
     plain = kv.codec == "plain"
     # eight-bit logarithms as the maths decodes them
@@ -73,7 +74,7 @@ def _spec(layout: PageLayout) -> Any:
         "block": block,
         "reader_stride": READER_STRIDE,
         "states": STATES,
-        "page_bytes": layout.page_bytes,
+        "page_bytes": page_bytes,
         "key_row": packed_bytes(d, kv.key_bits),
         "value_row": packed_bytes(d, kv.value_bits),
         "norm": block**-0.5,
@@ -158,7 +159,9 @@ def _arguments(
     q, k, v = _dense(q), _dense(k, dtype), _dense(v, dtype)
     valid = None if valid is None else valid.contiguous()
     at_valid = 0 if valid is None else valid.data_ptr()
-    return _spec(layout), at, (b, h, q.shape[1] // h, n, *sizes), _row(q), _row(k), _row(v), at_valid, (q, k, v, valid)
+    whole = (b, h, q.shape[1] // h, n, *sizes)
+    spec = _spec(layout, layout.page_bytes)
+    return spec, at, whole, _row(q), _row(k), _row(v), at_valid, (q, k, v, valid)
 
 
 def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
