@@ -406,7 +406,7 @@ def test_it_is_the_first_choice_and_what_it_cannot_do_says_so():
     with ops.use_backend("auto"):
         assert {row["kernel"] for row in ops.explain()} == {"cpu"}
         rows = ops.explain(dtype=torch.float64)
-        assert {(r["kernel"], r["why"]) for r in rows} == {("reference", "cpu serves no float64 cache")}
+        assert all(r["kernel"] == "reference" and r["why"].endswith("cpu serves no float64 cache") for r in rows)
         name, why = ops.choose("cache_attention", None, cpu_device, ops.Chunk(torch.float32, grad=True))
         assert name == "reference" and "no gradients" in why
     with pytest.raises(ops.BackendError, match="serves no float64"):
