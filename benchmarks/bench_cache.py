@@ -1,4 +1,4 @@
-"""Decode attention on packed pages on an NVIDIA GPU, against torch's bf16 attention over an unquantized cache.
+"""Decode attention on packed pages, and encoding, on an NVIDIA GPU, against torch's bf16 attention and a copy.
 
     python benchmarks/bench_cache.py --csv out.csv --json out.json
     python benchmarks/bench_cache.py --shape 8x32768 --shape 1x131072 --recipe kv4 --backend cuda
@@ -7,7 +7,8 @@ Every contestant runs in a CUDA graph whose calls take turns over copies of the 
 several times, so memory is always cold; a figure is the median over replays. `bf16_ms` is the best of torch's flash and
 cuDNN attention, with and without the query heads of a group packed as query rows. `bytes` is all that our call has to
 read: pages, ring, sinks. `floor_ms` is the time in which a copy kernel moves as many bytes (half read, half written).
-A row whose output does not agree with the reference on the same buffers is refused.
+A row whose output does not agree with the reference on the same buffers is refused. Rows of `append` are one token for
+each of 64 sequences, when no page completes and when all do, and a prompt of 8192 tokens.
 """
 
 import argparse
@@ -138,6 +139,38 @@ def row(op: Any, args: argparse.Namespace, batch: int, tokens: int, rate: float)
     }  # fmt: skip
 
 
+def append_rows(op: Any, args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+    """One token for each of 64 sequences, without and with a page that completes; a prompt."""
+    hq, h, d = args.heads
+    kv = parse_recipe(args.recipe).kv
+    assert kv is not None
+    layout, rows = PageLayout(kv, d), []
+    for what, batch, tokens, n in (
+        ("step", 64, 4096, 1),
+        ("step, page completes", 64, 4159, 1),
+        ("prompt", 1, 0, 8192),
+    ):
+        buf = filled(layout, batch, max(tokens, kv.page), h, torch.bfloat16)
+        new = (tokens + n) // kv.page + 1
+        buf.pages = torch.empty(batch * new, h, layout.page_bytes, dtype=torch.uint8, device="cuda")
+        buf.table = torch.arange(batch * new, dtype=torch.int32, device="cuda").view(batch, new)
+        length = torch.full_like(buf.length, tokens)
+        q, k, v = (torch.randn(batch, x, n, d, device="cuda", dtype=torch.bfloat16) for x in (hq, h, h))
+
+        def run(buf: CacheBuffers = buf, length: Tensor = length, qkv: tuple[Tensor, ...] = (q, k, v)) -> None:
+            buf.length.copy_(length)
+            op(buf, layout, *qkv, None)
+
+        reset = median_ms([lambda buf=buf, length=length: buf.length.copy_(length)], args.replays)
+        ms = median_ms([run], args.replays) - reset
+        done = (tokens + n) // kv.page - tokens // kv.page
+        size = 2 * k.nbytes + q.nbytes // 8 + done * batch * h * layout.page_bytes
+        rows.append({"op": f"append, {what}", "backend": args.backend, "recipe": args.recipe, "batch": batch,
+                     "tokens": tokens + n, "q_heads": hq, "kv_heads": h, "head_dim": d, "ms": ms, "bytes": size,
+                     "floor_ms": size / rate, "percent_of_copy": 100 * size / rate / ms})  # fmt: skip
+    return rows
+
+
 def main() -> None:
     """Print a table, write files."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,7 +182,8 @@ def main() -> None:
     p.add_argument("--json", type=Path, metavar="OUT")
     p.add_argument("--csv", type=Path, metavar="OUT")
     args = p.parse_args()
-    op = import_module(f"turboquant.kernels.{args.backend}").cache_attention
+    backend = import_module(f"turboquant.kernels.{args.backend}")
+    op = backend.cache_attention
     rate = copy_bytes_per_ms()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     common = {
@@ -166,11 +200,18 @@ def main() -> None:
         print("{batch:3d} x {tokens:6d}  {ms:.4f} ms  {percent_of_copy:5.1f} % of copy  floor {floor_ms:.4f}  "
               "bf16 {bf16_ms:.4f}  speedup {speedup_vs_bf16:.2f}  distance {relative_distance:.5f}".format(**rows[-1]),
               flush=True)  # fmt: skip
+    if not args.shape:
+        for r in append_rows(backend.cache_append, args, rate):
+            rows.append(r | common)
+            print(
+                "{op:28s} {batch:3d} x {tokens:6d}  {ms:.4f} ms  {percent_of_copy:5.1f} % of copy".format(**r),
+                flush=True,
+            )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.csv:
         with args.csv.open("w", newline="") as f:
-            w = csv.DictWriter(f, rows[0])
+            w = csv.DictWriter(f, rows[0], restval="")
             w.writeheader()
             w.writerows(rows)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from turboquant.kernels import reference
+from turboquant.kernels.cuda import append, common, nvrtc
 from turboquant.kernels.cuda import attention as cuda
-from turboquant.kernels.cuda import nvrtc
 from turboquant.layers.cache import LayerCache
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import parse_recipe
@@ -33,13 +33,13 @@ class Case:
 
 
 CASES = [
-    *(Case(d=d, dtype=t) for d in cuda.HEAD_DIMS for t in (BF16, F16)),
+    *(Case(d=d, dtype=t) for d in common.HEAD_DIMS for t in (BF16, F16)),
     *(Case(recipe=r, d=d) for r in ("k4v3", "kv3", "kv2", "kv8") for d in (64, 128, 256)),
     *(Case(recipe=r, d=96) for r in ("kv3", "kv2", "kv8")),
     *(Case(recipe=r, d=80) for r in ("kv2", "kv8")),
     *(Case(hq=2 * g) for g in (1, 3, 5, 7, 8, 9, 16)),
     *(Case(n=n, hq=hq) for n in (2, 3, 5, 8) for hq in (2, 8, 32)),
-    *(Case(d=d, n=8, hq=14) for d in cuda.HEAD_DIMS),
+    *(Case(d=d, n=8, hq=14) for d in common.HEAD_DIMS),
     Case(d=64, hq=14, n=4, dtype=F16),
     Case(lengths=(0, 1, 63, 64, 65, 127, 128)),
     Case(lengths=(0, 1, 63, 64, 65, 127, 128), n=3),
@@ -182,3 +182,12 @@ def test_the_sources_compile(d, rows, arch):
     layout = PageLayout(parse_recipe("kv4").kv, d)
     source = cuda.config(layout, BF16, *cuda.tiles_of(layout, rows, rows), 4, rows == 32, rows == 7)
     assert nvrtc.compile_source("attention.cu", source, arch)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("recipe, d", [("kv4", 128), ("k8v2", 80), ("k4v3", 256), ("kv4:hot=0", 64)])
+def test_the_sources_of_append_compile(recipe, d, arch):
+    if reason := nvrtc.missing():
+        pytest.skip(reason)
+    source = append.config(PageLayout(parse_recipe(recipe).kv, d), F16)
+    assert nvrtc.compile_source("append.cu", source, arch)[:4] == b"\x7fELF"

@@ -1,18 +1,40 @@
-"""CUDA: decode attention on packed pages in CUDA C++, compiled at first use by NVRTC, see `attention`; linear layers by
+"""CUDA: the cache ops in CUDA C++, compiled at first use by NVRTC, see `append` and `attention`; linear layers by
 humming-kernels, see `linear`."""
 
 from typing import Any
 
-from turboquant.kernels.cuda import attention
+import torch
+
 from turboquant.kernels.cuda import linear as _linear
-from turboquant.kernels.cuda.attention import DTYPES, cache_attention, serves
+from turboquant.kernels.cuda import nvrtc
+from turboquant.kernels.cuda.append import cache_append
+from turboquant.kernels.cuda.attention import MAX_TOKENS, cache_attention
+from turboquant.kernels.cuda.common import DTYPES, refusal
 from turboquant.kernels.cuda.linear import linear
+from turboquant.packed.page import PageLayout
 
 GRADIENTS = False
 
-__all__ = ["DTYPES", "GRADIENTS", "cache_attention", "linear", "serves", "supports"]
+__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "linear", "serves", "supports"]
 
 
-def supports(op: str, layout: Any, device: Any) -> str | None:
+def supports(op: str, layout: Any, device: torch.device) -> str | None:
     """None if the op can run, else why not."""
-    return (_linear if op in ("linear", "quantize", "rotate") else attention).supports(op, layout, device)
+    if op in ("linear", "quantize", "rotate"):
+        return _linear.supports(op, layout, device)
+    if device.type != "cuda":
+        return f"cuda: tensors are on {device.type}"
+    return (refusal(layout) if layout is not None else None) or nvrtc.missing()
+
+
+def serves(op: str, layout: PageLayout | None, tokens: int, masked: bool) -> str | None:
+    """None if chunks of `tokens` can run, else why not."""
+    if masked:
+        return "cuda: not for chunks with padding or a mask"
+    if op == "cache_append":
+        return None
+    if tokens > MAX_TOKENS:
+        return f"cuda: attention only for chunks of up to {MAX_TOKENS} tokens"
+    if layout is not None and tokens > layout.kv.ring_slots - layout.kv.ring + 1:
+        return f"cuda: a chunk of {tokens} tokens would overwrite ring slots that its first row reads"
+    return None

@@ -12,48 +12,17 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels.cuda import nvrtc
-from turboquant.maths.codec import ROW_STEPS, S_STEPS, int8_levels
-from turboquant.maths.rotation import hadamard_block, signs
+from turboquant.kernels.cuda.common import DTYPES, PAGE, page_macros
+from turboquant.maths.codec import int8_levels
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 
-DTYPES = (torch.bfloat16, torch.float16)
-HEAD_DIMS = (64, 80, 96, 128, 256)
-PAGE = 64
-MAX_HOT = 16
 MAX_ROWS = 128  # query rows of a KV head: heads of its group times tokens of the chunk
-MAX_SLOTS = 1024  # of the ring
 MAX_TOKENS = 8  # of the chunk
 WARPS = 16  # of a block, one block a multiprocessor; half or fewer where registers or shared memory do not suffice
 BUFFERS = 2  # half pages that a warp has in flight
 TILE_TOKENS = 16  # of the 16-bit part of a sequence, one item of work
 LOG2E = 1.4426950408889634
-
-
-def supports(op: str, layout: PageLayout | None, device: torch.device) -> str | None:
-    """None if the op can run, else why not."""
-    if device.type != "cuda":
-        return f"cuda: tensors are on {device.type}"
-    if op != "cache_attention":
-        return f"cuda has no {op}"
-    if layout is not None:
-        kv, d = layout.kv, layout.head_dim
-        if kv.codec != "live" or kv.page != PAGE or layout.hot > MAX_HOT or d not in HEAD_DIMS:
-            return f"cuda: only live recipes with page={PAGE}, head_dim in {HEAD_DIMS}, up to {MAX_HOT} hot channels"
-        if d == 80 and 3 in (kv.key_bits, kv.value_bits):
-            return "cuda: not for 3 bits at head_dim 80"
-        if kv.ring_slots > MAX_SLOTS:
-            return f"cuda: only for rings of up to {MAX_SLOTS} slots"
-    return nvrtc.missing()
-
-
-def serves(op: str, layout: PageLayout | None, tokens: int, masked: bool) -> str | None:
-    """None if chunks of `tokens` can run, else why not."""
-    if masked or tokens > MAX_TOKENS:
-        return f"cuda: only for chunks of up to {MAX_TOKENS} tokens without padding or mask"
-    if layout is not None and tokens > layout.kv.ring_slots - layout.kv.ring + 1:
-        return f"cuda: a chunk of {tokens} tokens would overwrite ring slots that its first row reads"
-    return None
 
 
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/state.cuh
@@ -101,32 +70,19 @@ def config(
     layout: PageLayout, dtype: torch.dtype, rows_of_tile: int, tiles: int, warps: int, many: bool, cap: bool
 ) -> str:
     """config.cuh: what the sources need to know about the recipe, the model and the launch."""
-    kv, d, f = layout.kv, layout.head_dim, layout.fields
-    at = lambda name: f[name].offset if name in f else 0  # noqa: E731
-    four = int8_levels(4)[0]
-    numbers: dict[str, object] = {
-        "D": d, "KEY_BITS": kv.key_bits, "VALUE_BITS": kv.value_bits, "HOT": layout.hot, "BLOCK": hadamard_block(d),
-        "BF16": int(dtype == torch.bfloat16), "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps,
-        "BUFFERS": BUFFERS, "MANY": int(many), "CAP": int(cap),
-        "PAGE_BYTES": layout.page_bytes, "VALUE_PART": layout.key_bytes, "S_STEPS": S_STEPS, "ROW_STEPS": ROW_STEPS,
+    kv, four = layout.kv, int8_levels(4)[0]
+    numbers = page_macros(layout, dtype) | {
+        "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps, "BUFFERS": BUFFERS, "MANY": int(many), "CAP": int(cap),
         "SCRATCH_BYTES": scratch_bytes(layout, rows_of_tile * tiles), "HALF": half_bytes(layout, rows_of_tile * tiles),
-        "AT_MEAN": at("key_mean_code"), "AT_LOG_S": at("key_log_s"), "AT_KEY_SCALE": at("key_log_scale"),
-        "AT_HOT_MEAN": at("key_hot_mean"), "AT_HOT_STEP": at("key_hot_step"), "AT_KEY_BASE": at("key_base"),
-        "AT_MEAN_STEP": at("key_mean_step"), "AT_VALUE_BASE": at("value_base"), "AT_HOT_INDEX": at("key_hot_index"),
-        "AT_HOT_CODES": at("key_hot_codes"), "AT_KEY_CODES": at("key_codes"), "AT_VALUE_SCALE": at("value_log_scale"),
-        "AT_VALUE_CODES": at("value_codes"),
         "KEY_UNIT": f"{int8_levels(kv.key_bits)[1]!r}f", "VALUE_UNIT": f"{int8_levels(kv.value_bits)[1]!r}f",
-        "NORM": f"{hadamard_block(d) ** -0.5!r}f",
     }  # fmt: skip
     tables = {"LEVELS4_UP": _words(list(four[8:])), "LEVELS4_DOWN": _words([-c for c in four[:8]])}
     tables["LEVELS3_"] = _words([c + 128 for c in int8_levels(3)[0]])
     for name, words in tables.items():
         numbers |= {f"{name}{i}": w for i, w in enumerate(words)}
     numbers["LEVELS2"] = _words([c + 128 for c in int8_levels(2)[0]])[0]
-    sign = [int(s > 0) for s in signs(d).tolist()]
-    bits = [hex(sum(b << i for i, b in enumerate(sign[at : at + 32]))) + "u" for at in range(0, d, 32)]
-    lines = ["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items())]
-    return "\n".join([*lines, f"__constant__ unsigned SIGN_BITS[{len(bits)}] = {{{', '.join(bits)}}};", ""])
+    lines = [f"#define {k} {v}" for k, v in numbers.items() if k != "SIGN_BITS"]
+    return "\n".join(["#pragma once", *lines, str(numbers["SIGN_BITS"]), ""])
 
 
 class _Kernel:
@@ -201,6 +157,6 @@ def cache_attention(
         (scaling or d**-0.5) * LOG2E, (softcap or 0.0) * LOG2E,
     )  # fmt: skip
     stream = torch.cuda.current_stream(q.device).cuda_stream
-    nvrtc.launch(kernel.attend, (kernel.blocks, blocks), kernel.block_warps * 32, kernel.shared, stream, call)
-    nvrtc.launch(kernel.merge, (b * hq * n, 1), -(-d // 32) * 32, 0, stream, call, after=True)
+    nvrtc.launch(kernel.attend, (kernel.blocks, blocks, 1), kernel.block_warps * 32, kernel.shared, stream, call)
+    nvrtc.launch(kernel.merge, (b * hq * n, 1, 1), -(-d // 32) * 32, 0, stream, call, after=True)
     return out

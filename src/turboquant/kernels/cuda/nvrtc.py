@@ -115,7 +115,7 @@ def functions(name: str, config: str, kernels: tuple[str, ...], device: torch.de
 
 def launch(
     kernel: Any,
-    blocks: tuple[int, int],
+    blocks: tuple[int, int, int],
     threads: int,
     shared: int,
     stream: int,
@@ -130,7 +130,7 @@ def launch(
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = *blocks, 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes, config.hStream = shared, stream
     if after:

@@ -212,7 +212,7 @@ extern "C" __global__ void __launch_bounds__((D + 31) / 32 * 32) merge(const __g
   const int ch = threadIdx.x, rows = c.group * c.tokens;
   const int row = blockIdx.x % rows, h = blockIdx.x / rows % c.heads, b = blockIdx.x / rows / c.heads;
   const int block = row / R, r = row % R;
-  wait_for_attend();
+  wait_for_previous();
   const i64 items = c.plan[2 * b + 1], total = c.plan[2 * c.batch], warps = min(total, i64(c.warps));
   const i64 pair = i64(b) * c.heads + h, start = c.plan[2 * b] + h * items;
   auto warp_of = [&](i64 item) { return int(((item + 1) * warps - 1) / total); };

@@ -1,13 +1,6 @@
 // What one warp needs: PTX in functions, the macros' derived sizes, copies into shared memory, levels from codes.
 #pragma once
-#include "config.cuh"
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef long long i64;
-typedef unsigned long long u64;
-#define DEVICE __device__ __forceinline__
-
+#include "ptx.cuh"
 // config.cuh, written by attention.py: D, KEY_BITS, VALUE_BITS, HOT, BLOCK (of the rotation), BF16, ROWS (of a tile, 4 or
 // 8), TILES, WARPS, BUFFERS, PAGE_BYTES, VALUE_PART, AT_… offsets of the page, units and tables of levels, SIGN_BITS.
 constexpr int P = 64;                                  // tokens of a page
@@ -22,25 +15,7 @@ constexpr int QW = KS * 16 + (KS % 2 ? 0 : 16);          // words of a row of th
 constexpr int HW = (HOT + 3) / 4 ? (HOT + 3) / 4 : 1;  // words of hot codes of a token
 constexpr float TOP = 32512.f;                         // 127·256: the largest 16-bit number whose bytes are hi·256 + lo
 constexpr float MAGIC = 12583040.f;                    // 1.5·2^23 + 128: adding it leaves round(x) + 128 in the low bits
-#define NEG __int_as_float(0xff800000)
 
-DEVICE u32 prmt(u32 a, u32 b, u32 s) {
-  u32 d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s));
-  return d;
-}
-DEVICE float exp2_(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// the second kernel starts while the first one ends, and waits here for its results
-DEVICE void wait_for_attend() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-template <class T> DEVICE T uniform(T x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that lanes agree
 DEVICE float reciprocal(float x) {  // 0 for what is too small to be told from 0
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -79,30 +54,6 @@ DEVICE void mma_16(float c[4], const u32 a[4], u32 b0, u32 b1) {
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-DEVICE u32 two_16(float lo, float hi) {  // a pair in the model's dtype
-  u32 d;
-#if BF16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-#endif
-  return d;
-}
-DEVICE float half_(u16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-}
-DEVICE float wide(u16 x) {  // the model's dtype to fp32
-#if BF16
-  return __uint_as_float(u32(x) << 16);
-#else
-  return half_(x);
-#endif
-}
-DEVICE float wide_low(u32 pair) { return BF16 ? __uint_as_float(pair << 16) : wide(u16(pair)); }
-DEVICE float wide_high(u32 pair) { return BF16 ? __uint_as_float(pair & 0xFFFF0000u) : wide(u16(pair >> 16)); }
-
 // ---- copies of 16-byte multiples from global to shared memory, in order; `wait` returns when the n-th has come
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 #if __CUDA_ARCH__ >= 900

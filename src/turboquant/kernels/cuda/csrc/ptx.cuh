@@ -1,0 +1,51 @@
+// PTX in functions, and the model's 16-bit floats.
+#pragma once
+#include "config.cuh"
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+#define DEVICE __device__ __forceinline__
+#define NEG __int_as_float(0xff800000)
+
+DEVICE u32 prmt(u32 a, u32 b, u32 s) {
+  u32 d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s));
+  return d;
+}
+DEVICE float exp2_(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// a kernel launched to start while the one before it ends waits here for its results
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+template <class T> DEVICE T uniform(T x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that lanes agree
+DEVICE u32 two_16(float lo, float hi) {  // a pair in the model's dtype
+  u32 d;
+#if BF16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+#endif
+  return d;
+}
+DEVICE float half_(u16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+DEVICE float wide(u16 x) {  // the model's dtype to fp32
+#if BF16
+  return __uint_as_float(u32(x) << 16);
+#else
+  return half_(x);
+#endif
+}
+DEVICE float wide_low(u32 pair) { return BF16 ? __uint_as_float(pair << 16) : wide(u16(pair)); }
+DEVICE float wide_high(u32 pair) { return BF16 ? __uint_as_float(pair & 0xFFFF0000u) : wide(u16(pair >> 16)); }

@@ -1,0 +1,103 @@
+"""The CUDA cache_append against the reference on the CPU: every buffer bit for bit. Needs a GPU."""
+
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+
+from turboquant.kernels import reference
+from turboquant.kernels.cuda import append
+from turboquant.layers.cache import LayerCache
+from turboquant.packed.buffers import CacheBuffers
+from turboquant.recipe import parse_recipe
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and the chunks that come, for all sequences alike."""
+
+    recipe: str = "kv4"
+    d: int = 128
+    hq: int = 8
+    h: int = 2
+    chunks: tuple[int, ...] = (70, 1, 57, 1, 1, 9, 200)
+    dtype: torch.dtype = BF16
+
+
+CASES = [
+    *(Case(d=d, dtype=t) for d in (64, 80, 96, 128, 256) for t in (BF16, F16)),
+    *(Case(recipe=r, d=d) for r in ("k4v3", "kv3", "kv2", "kv8", "k8v2") for d in (64, 128)),
+    Case(recipe="kv4:hot=0"),
+    Case(recipe="kv4:hot=16", hq=2),
+    Case(recipe="kv4:ring=300,sinks=40"),
+    Case(recipe="kv4:ring=0,sinks=0,rewind=0"),
+    Case(recipe="kv4:decay=0.5,blend=1"),
+    Case(chunks=(1,) * 66 + (64, 64, 65, 63)),
+    Case(chunks=(1000, 1, 130), hq=14, d=64),
+]
+
+
+def start(case: Case, device: str) -> LayerCache:
+    cache = LayerCache(parse_recipe(case.recipe).kv)
+    cache._start(torch.empty(2, case.h, 1, case.d, dtype=case.dtype, device=device))
+    cache.buf.tracker.zero_(), cache.buf.readers.zero_()
+    return cache
+
+
+def advance(cache: LayerCache, op, chunk) -> None:
+    n = chunk[0].shape[2]
+    cache._reserve([n] * 2)
+    op(cache.buf, cache.layout, *chunk, None)
+    cache.lengths = [x + n for x in cache.lengths]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("odd", [False, True], ids=["finite", "odd"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_buffer_has_the_bits_of_the_reference(case, odd, tokens):
+    total = sum(case.chunks)
+    q, k, v = (
+        torch.stack(x)
+        for x in zip(*(tokens(case.hq, case.h, total, case.d, case.dtype, s) for s in (1, 2)), strict=True)
+    )
+    if odd:
+        k[0, 0, 5, 3], v[1, 1, 80, 7], k[1, 0, 81] = torch.nan, torch.inf, 0
+        q[0, :, 7] = torch.nan
+    want, got = start(case, "cpu"), start(case, "cuda")
+    at = 0
+    for n in case.chunks:
+        part = [x[:, :, at : at + n] for x in (q, k, v)]
+        advance(want, reference.cache_append, part)
+        advance(got, append.cache_append, [x.cuda() for x in part])
+        at += n
+    for f in fields(CacheBuffers):
+        a, b = getattr(want.buf, f.name), getattr(got.buf, f.name).cpu()
+        if a.dtype.is_floating_point:
+            a, b = a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)
+        if f.name == "pages":
+            a, b = a[want.buf.table.long().flatten()], b[got.buf.table.cpu().long().flatten()]
+        assert torch.equal(a, b), (f.name, (a != b).sum().item(), a.numel())
+
+
+@pytest.mark.cuda
+def test_it_runs_in_a_cuda_graph(tokens):
+    case = Case()
+    q, k, v = (torch.stack([x, x]).cuda() for x in tokens(case.hq, case.h, 130, case.d, case.dtype))
+    plain, graphed = start(case, "cuda"), start(case, "cuda")
+    for cache in (plain, graphed):
+        cache._reserve([130, 130])
+        append.cache_append(cache.buf, cache.layout, q[:, :, :60], k[:, :, :60], v[:, :, :60], None)
+    one = [torch.empty_like(x[:, :, :1]) for x in (q, k, v)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        append.cache_append(graphed.buf, graphed.layout, *one, None)
+    for i in range(60, 130):
+        part = [x[:, :, i : i + 1] for x in (q, k, v)]
+        append.cache_append(plain.buf, plain.layout, *part, None)
+        for to, x in zip(one, part, strict=True):
+            to.copy_(x)
+        graph.replay()
+    for f in fields(CacheBuffers):
+        assert torch.equal(getattr(plain.buf, f.name), getattr(graphed.buf, f.name)), f.name
