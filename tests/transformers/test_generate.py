@@ -49,6 +49,11 @@ def test_a_cache_of_fixed_capacity_generates_the_same(name, tiny, prompt):
     want = greedy(model, prompt(), TurboQuantCache(model, recipe))
     assert torch.equal(greedy(model, prompt(), fixed), want)
     assert {c.cache.buf.table.shape for c in fixed.ours} == {(2, 6)}
+    length = fixed.get_seq_length()
+    fixed.advance(-1)  # as after the capture of a step
+    assert fixed.get_seq_length() == length - 1 and {c.cache.lengths[0] for c in fixed.ours} == {length - 1}
+    with pytest.raises(CacheError, match="static"):
+        TurboQuantCache(model, recipe).advance(1)
     with pytest.raises(CacheError, match="more than the cache's capacity of 60"):
         greedy(model, prompt(), TurboQuantCache(model, recipe, max_tokens=60))
     with pytest.raises(RecipeError, match="max_tokens=0"):

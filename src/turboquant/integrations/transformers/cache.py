@@ -165,6 +165,15 @@ class TurboQuantCache(Cache):
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more in every sequence and layer, for steps that a CUDA graph replayed; see `LayerCache`.
+
+        Raises:
+            CacheError: the cache was made without max_tokens, or has seen no step, or is full.
+        """
+        for layer in self.ours:
+            layer.cache.advance(tokens)
+
     def nbytes(self) -> dict[str, int]:
         """Allocated bytes: {"pages", "ring", "state", "total"}."""
         parts = [layer.cache.nbytes() for layer in self.ours]
