@@ -3,7 +3,7 @@
     python benchmarks/bench_decode.py --shape 8x32768 --shape 64x4096 --json out.json
 
 Both run the same layers (norms, projections, MLP, output head; no rotary embedding), a whole step in one graph. The
-bf16 cache is attended by torch's flash attention with the heads of a group packed as query rows, the best that torch has
+bf16 cache is attended by torch's flash attention with the heads of a group packed as query rows, the best torch has
 here. Caches are filled with random tokens; every layer has memory of its own, so nothing stays in the L2 cache.
 `cache_bytes` is what is allocated.
 """
