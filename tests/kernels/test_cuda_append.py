@@ -1,12 +1,19 @@
-"""The CUDA cache_append against the reference on the CPU: every buffer bit for bit. Needs a GPU."""
+"""The CUDA cache_append against the reference on the CPU: every buffer bit for bit.
 
+Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulation/); with one, on it.
+"""
+
+import ctypes
+import shutil
+import subprocess
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import torch
 
 from turboquant.kernels import reference
-from turboquant.kernels.cuda import append
+from turboquant.kernels.cuda import append, nvrtc
 from turboquant.layers.cache import LayerCache
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.recipe import parse_recipe
@@ -53,24 +60,19 @@ def advance(cache: LayerCache, op, chunk) -> None:
     cache.lengths = [x + n for x in cache.lengths]
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("odd", [False, True], ids=["finite", "odd"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_buffer_has_the_bits_of_the_reference(case, odd, tokens):
+def compare(case: Case, odd: bool, tokens, device: str) -> None:
     total = sum(case.chunks)
-    q, k, v = (
-        torch.stack(x)
-        for x in zip(*(tokens(case.hq, case.h, total, case.d, case.dtype, s) for s in (1, 2)), strict=True)
-    )
+    some = [tokens(case.hq, case.h, total, case.d, case.dtype, s) for s in (1, 2)]
+    q, k, v = (torch.stack(x) for x in zip(*some, strict=True))
     if odd:
-        k[0, 0, 5, 3], v[1, 1, 80, 7], k[1, 0, 81] = torch.nan, torch.inf, 0
+        k[0, 0, 5, 3], v[1, 1, 30, 7], k[1, 0, 31] = torch.nan, torch.inf, 0
         q[0, :, 7] = torch.nan
-    want, got = start(case, "cpu"), start(case, "cuda")
+    want, got = start(case, "cpu"), start(case, device)
     at = 0
     for n in case.chunks:
         part = [x[:, :, at : at + n] for x in (q, k, v)]
         advance(want, reference.cache_append, part)
-        advance(got, append.cache_append, [x.cuda() for x in part])
+        advance(got, append.cache_append, [x.to(device) for x in part])
         at += n
     for f in fields(CacheBuffers):
         a, b = getattr(want.buf, f.name), getattr(got.buf, f.name).cpu()
@@ -79,6 +81,61 @@ def test_every_buffer_has_the_bits_of_the_reference(case, odd, tokens):
         if f.name == "pages":
             a, b = a[want.buf.table.long().flatten()], b[got.buf.table.cpu().long().flatten()]
         assert torch.equal(a, b), (f.name, (a != b).sum().item(), a.numel())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("odd", [False, True], ids=["finite", "odd"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_buffer_has_the_bits_of_the_reference(case, odd, tokens):
+    compare(case, odd, tokens, "cuda")
+
+
+EMULATED = [
+    Case(chunks=(70, 1, 57, 1)),
+    Case(chunks=(60, 3, 1, 130), dtype=F16, d=64, hq=6),
+    Case(recipe="k4v3", d=96, chunks=(63, 1, 65)),
+    Case(recipe="kv3:hot=7", d=80, chunks=(64, 66)),
+    Case(recipe="k8v2", d=64, dtype=F16, chunks=(130,)),
+    Case(recipe="kv4:hot=0,sinks=9,decay=0.5,blend=1", d=64, chunks=(64, 64)),
+    Case(d=256, h=1, hq=2, chunks=(66,)),
+]
+
+
+@pytest.fixture
+def emulated(monkeypatch, tmp_path):
+    """`append.cache_append` on CPU tensors."""
+    here, compiler = Path(__file__).parent / "emulation", shutil.which("g++") or shutil.which("c++")
+    assert compiler, "no C++ compiler"
+
+    def kernels(layout, dtype, device):
+        folder = tmp_path / f"{layout.kv.name}-{layout.head_dim}-{dtype}".replace(":", "-").replace(",", "-")
+        if not folder.exists():
+            folder.mkdir()
+            for source in ("append.cu", "rows.cuh"):
+                text = (nvrtc.SOURCES / source).read_text()
+                text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = shared_memory;")
+                (folder / source).write_text(text)
+            text = append.config(layout, dtype).replace("__constant__", "static const")
+            (folder / "config.cuh").write_text(text)
+            for source in ("ptx.cuh", "run.cpp"):
+                shutil.copy(here / source, folder / source)
+            options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
+            subprocess.run([compiler, *options, "-o", folder / "run.so", folder / "run.cpp"], check=True)
+        library = ctypes.CDLL(str(folder / "run.so"))
+        return [(library, name) for name in (b"encode", b"stats", b"track", b"store")]
+
+    def launch(kernel, blocks, threads, shared, stream, call, after=False):
+        kernel[0].run(kernel[1], ctypes.byref(call), *blocks, threads)
+
+    monkeypatch.setattr(append, "_kernels", kernels)
+    monkeypatch.setattr(nvrtc, "launch", launch)
+    monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["finite", "odd"])
+@pytest.mark.parametrize("case", EMULATED, ids=str)
+def test_the_source_on_the_cpu_writes_the_bits_of_the_reference(case, odd, tokens, emulated):
+    compare(case, odd, tokens, "cpu")
 
 
 @pytest.mark.cuda

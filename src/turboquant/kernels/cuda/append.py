@@ -95,7 +95,7 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
         buf.pages.shape[0], buf.table.shape[1], b, h, q.shape[1] // h, n, layout.kv.ring_slots, layout.kv.sinks,
         buf.readers.shape[2], several,
     )  # fmt: skip
-    stream = torch.cuda.current_stream(k.device).cuda_stream
+    stream = nvrtc.stream_of(k.device)
     if several:
         nvrtc.launch(stats, (pages, h, b), THREADS, 0, stream, call)
         nvrtc.launch(track, (-(-3 * d // 128), h, b), 128, 0, stream, call)

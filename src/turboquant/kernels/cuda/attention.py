@@ -156,7 +156,7 @@ def cache_attention(
         -(-kv.ring_slots // TILE_TOKENS) - (-kv.sinks // TILE_TOKENS), warps,
         (scaling or d**-0.5) * LOG2E, (softcap or 0.0) * LOG2E,
     )  # fmt: skip
-    stream = torch.cuda.current_stream(q.device).cuda_stream
+    stream = nvrtc.stream_of(q.device)
     nvrtc.launch(kernel.attend, (kernel.blocks, blocks, 1), kernel.block_warps * 32, kernel.shared, stream, call)
     nvrtc.launch(kernel.merge, (b * hq * n, 1, 1), -(-d // 32) * 32, 0, stream, call, after=True)
     return out

@@ -113,6 +113,11 @@ def functions(name: str, config: str, kernels: tuple[str, ...], device: torch.de
     return found
 
 
+def stream_of(device: torch.device) -> int:
+    """torch's current stream."""
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
 def launch(
     kernel: Any,
     blocks: tuple[int, int, int],

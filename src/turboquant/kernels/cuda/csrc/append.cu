@@ -30,11 +30,7 @@ DEVICE float sum_of(const float* x, int lane) {  // of D numbers, in the order o
   for (int e = 1; e < E; e++) sum += x[(lane & 15) + 16 * e];
   return sum16(sum);
 }
-DEVICE u16 fp16(float x) {
-  u16 h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(fminf(fmaxf(x, -FP16_MAX), FP16_MAX)));
-  return h;
-}
+DEVICE u16 fp16(float x) { return to_half(fminf(fmaxf(x, -FP16_MAX), FP16_MAX)); }
 struct Page {
   i64 start, index;  // tokens before the chunk; number of the page in its sequence
   int b, h;

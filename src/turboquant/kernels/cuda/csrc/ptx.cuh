@@ -40,6 +40,11 @@ DEVICE float half_(u16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
   return y;
 }
+DEVICE u16 to_half(float x) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  return h;
+}
 DEVICE float wide(u16 x) {  // the model's dtype to fp32
 #if BF16
   return __uint_as_float(u32(x) << 16);

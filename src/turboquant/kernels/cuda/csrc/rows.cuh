@@ -12,8 +12,7 @@ DEVICE float sum16(float x) {  // over the sixteen lanes of a row, by halves
 }
 DEVICE u16 fp16_up(float x) {  // x >= 0, rounded up
   x = fminf(x, FP16_MAX);
-  u16 h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+  const u16 h = to_half(x);
   return half_(h) < x ? h + 1 : h;
 }
 // y / s, correctly rounded for ordinary numbers, given r = 1 / s

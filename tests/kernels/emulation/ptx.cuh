@@ -1,0 +1,144 @@
+// Stands in for kernels/cuda/csrc/ptx.cuh: CUDA's threads as fibers of one CPU thread, so that append.cu runs in tests
+// without a GPU. A barrier or a shuffle lets the other fibers go on until all have come.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <vector>
+
+#include "config.cuh"
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+#define DEVICE static inline
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(n)
+#define __shared__ static
+#define NEG (-INFINITY)
+
+struct Three {
+  int x = 1, y = 1, z = 1;
+};
+struct uint4 {
+  u32 x, y, z, w;
+};
+static Three threadIdx, blockIdx, gridDim, blockDim;
+static u8 shared_memory[1 << 18] __attribute__((aligned(128)));
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(1 << 17);
+  bool done = false;
+};
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int current;
+static std::function<void()> body;
+static u32 exchange[2048];
+static int arrived[64], generation[64], any[2];  // by warp; the last of a block
+
+static void yield() {
+  const int me = current;
+  swapcontext(&fibers[me].context, &scheduler);
+  current = me, threadIdx.x = me;
+}
+static void barrier(int group, int members) {
+  const int now = generation[group];
+  if (++arrived[group] == members) arrived[group] = 0, generation[group]++;
+  while (generation[group] == now) yield();
+}
+static int alive() {
+  int n = 0;
+  for (auto& f : fibers) n += !f.done;
+  return n;
+}
+static void __syncthreads() { barrier(63, alive()); }
+static int __syncthreads_or(int x) {
+  const int slot = generation[63] / 2 & 1;
+  any[slot] |= x != 0;
+  barrier(63, alive());
+  const int out = any[slot];
+  barrier(63, alive());
+  any[slot] = 0;
+  return out;
+}
+template <class T> static T __shfl_xor_sync(u32, T x, int n) {
+  static_assert(sizeof(T) == 4, "one word");
+  const int warp = threadIdx.x / 32;
+  std::memcpy(&exchange[threadIdx.x], &x, 4);
+  barrier(warp, 32);
+  T y;
+  std::memcpy(&y, &exchange[threadIdx.x ^ n], 4);
+  barrier(warp, 32);
+  return y;
+}
+static void entry() {
+  body();
+  fibers[current].done = true;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+static void launch(Three grid, int threads, std::function<void()> kernel) {
+  gridDim = grid, blockDim.x = threads, body = kernel;
+  for (int z = 0; z < grid.z; z++)
+    for (int y = 0; y < grid.y; y++)
+      for (int x = 0; x < grid.x; x++) {
+        blockIdx.x = x, blockIdx.y = y, blockIdx.z = z;
+        std::memset(shared_memory, 0xEE, sizeof shared_memory);
+        std::memset(arrived, 0, sizeof arrived), std::memset(any, 0, sizeof any);
+        if (int(fibers.size()) != threads) fibers = std::vector<Fiber>(threads);
+        for (auto& f : fibers) {
+          f.done = false;
+          getcontext(&f.context);
+          f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
+          f.context.uc_link = &scheduler;
+          makecontext(&f.context, entry, 0);
+        }
+        while (alive())
+          for (int t = 0; t < threads; t++)
+            if (!fibers[t].done) current = t, threadIdx.x = t, swapcontext(&scheduler, &fibers[t].context);
+      }
+}
+
+static float __uint_as_float(u32 x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+static u32 __float_as_uint(float x) {
+  u32 y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
+static float __fsqrt_rn(float x) { return std::sqrt(x); }
+static float __frcp_rn(float x) { return 1.f / x; }
+static int max(int a, int b) { return a > b ? a : b; }
+static void atomicAdd(u64* to, u64 x) { *to += x; }
+static void wait_for_previous() {}
+static u16 to_half(float x) {
+  const _Float16 h = _Float16(x);
+  u16 y;
+  std::memcpy(&y, &h, 2);
+  return y;
+}
+static float half_(u16 x) {
+  _Float16 h;
+  std::memcpy(&h, &x, 2);
+  return float(h);
+}
+static float wide(u16 x) { return BF16 ? __uint_as_float(u32(x) << 16) : half_(x); }
+static float wide_low(u32 pair) { return wide(u16(pair)); }
+static float wide_high(u32 pair) { return wide(u16(pair >> 16)); }
+static u32 two_16(float lo, float) {  // the lower one is all that append.cu uses
+  if (!BF16) return to_half(lo);
+  if (lo != lo) return 0x7FFF;
+  const u32 x = __float_as_uint(lo);
+  return (x + 0x7FFF + (x >> 16 & 1)) >> 16;
+}
