@@ -124,8 +124,8 @@ TRITON = """
     import torch, torch.nn.functional as F
     from turboquant.kernels.triton.rows import fused_quantize, tile_of
     from turboquant.maths.activations import encode_int8
-    assert tile_of(96) == (16, 32, False) and tile_of(14336) == (32, 64, True) and tile_of(16384) == (128, 128, True)
-    for width in (16, 96, 576, 896, 1536, 4096):
+    assert tile_of(96) == (32, 1, 16) and tile_of(14336) == (64, 32, 256) and tile_of(16384) == (64, 256, 256)
+    for width in (16, 96, 576, 896, 1536, 3 * 8192, 4096):
         for dtype in (torch.float32, torch.float16):
             x = torch.randn(2, 3, width).to(dtype)
             x[..., 5] *= 30
