@@ -269,14 +269,20 @@ def quantize(
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
 ) -> None:
-    """Quantize a model's weights and save it; `from_pretrained(OUT)` loads it.
+    """Quantize a model's weights and save it.
+
+    `from_pretrained(OUT)` loads it, after `from turboquant import TurboQuantConfig`.
 
     Example: turboquant quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-w4 --recipe w4a8kv4
     """
     from turboquant.evaluate import quantizing, report
+    from turboquant.evaluate.errors import EvaluateError
     from turboquant.evaluate.results import check_output
 
     check_output(json)
+    for item in override or []:
+        if not item.rpartition("=")[0]:
+            raise EvaluateError(f"--override {item!r} is not allowed: give PATTERN=RECIPE, e.g. 'down_proj=w8a8'")
     overrides = dict(item.rpartition("=")[::2] for item in override or [])
     with _progress(quiet) as show:
         rows, summary = quantizing.quantize(model, out, recipe, keep or [], overrides, feedback, dtype, device, show)

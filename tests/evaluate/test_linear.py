@@ -1,6 +1,8 @@
 """Instruments for linear layers: fidelity, baselines, what enters the layers, speed, quantizing into a folder."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,6 +134,15 @@ def test_quantize_writes_a_folder_that_loads(tiny_folder, tmp_path):
     assert summary["folder_bytes"] >= summary["model_bytes"] and 0.02 < summary["error"] < 0.2
     assert layers["model.layers.0.mlp.down_proj"].recipe.name == "w8a8"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q"], "nothing is left beside it"
+
+
+def test_a_fresh_process_loads_the_folder(tiny_folder, tmp_path):
+    """Nothing has registered the method there but what loads models."""
+    quantize(tiny_folder, tmp_path / "q", "w4a8", dtype="float32")
+    code = f"from turboquant.evaluate.models import load; print(load({str(tmp_path / 'q')!r}, 'float32', 'cpu')[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "QuantLinear" in done.stdout
 
 
 def test_quantize_refuses_before_any_work(tiny_folder, tmp_path):

@@ -65,7 +65,7 @@ def compare(case: Case, odd: bool, tokens, device: str) -> None:
     some = [tokens(case.hq, case.h, total, case.d, case.dtype, s) for s in (1, 2)]
     q, k, v = (torch.stack(x) for x in zip(*some, strict=True))
     if odd:
-        k[0, 0, 5, 3], v[1, 1, 30, 7], k[1, 0, 31] = torch.nan, torch.inf, 0
+        k[0, 0, 5, 3], v[1, -1, 30, 7], k[1, 0, 31] = torch.nan, torch.inf, 0
         q[0, :, 7] = torch.nan
     want, got = start(case, "cpu"), start(case, device)
     at = 0

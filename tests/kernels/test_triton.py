@@ -271,5 +271,5 @@ def test_it_says_what_it_cannot_do():
     large = PageLayout(parse_recipe("kv4:page=512").kv, 128)
     assert "too large" in triton.supports("cache_append", large, torch.device("cpu"))
     assert "meta" in triton.supports("cache_append", None, torch.device("meta"))
-    assert ops.choose("cache_append", None, torch.device("cpu"))[0] == "reference"
+    assert ops.choose("cache_append", None, torch.device("cpu"))[0] in ("cpu", "reference")
     assert "interpreter" in ops.choose("cache_append", None, torch.device("cpu"))[1]

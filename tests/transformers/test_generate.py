@@ -363,3 +363,20 @@ def test_quantization_config_says_what_is_wrong():
         TurboQuantConfig("kv5x")
     with pytest.raises(ValueError, match=r"takes recipe=\.\.\., .* got also \['bits'\]"):
         TurboQuantConfig("kv4", bits=4)
+
+
+def test_a_replaced_cache_is_not_gone_on_with(tiny, prompt):
+    """The caller's own DynamicCache stays empty: going on with it would lose the history without a word."""
+    from transformers import DynamicCache
+
+    from turboquant.integrations.transformers import attach
+
+    model = tiny("llama-gqa")
+    handle = attach(model, f"kv4:{SMALL}")
+    ids, mine = prompt()["input_ids"], DynamicCache(config=model.config)
+    out = model(ids, past_key_values=mine)
+    with pytest.raises(CacheError, match="which stays empty"):
+        model(ids[:, -1:], past_key_values=mine)
+    model(ids[:, -1:], past_key_values=out.past_key_values)
+    assert out.past_key_values.get_seq_length() == ids.shape[1] + 1
+    handle.remove()

@@ -291,3 +291,12 @@ def test_gguf_is_quantized_after_loading(smollm2_gguf):
     want = logits(model, ids)
     rows = quantize_model(model, Plan(parse_recipe("w8a8")), model.get_output_embeddings())
     assert len(rows) == 30 * 7 and relative(logits(model, ids), want) < 0.05
+
+
+def test_names_and_patterns_that_fit_nothing_are_refused(tiny):
+    from turboquant.integrations.transformers import quantize
+
+    with pytest.raises(RecipeError, match="'nosuch', to be left as it is, names no module"):
+        quantize(tiny("llama-gqa"), TurboQuantConfig("w4a8", modules_to_not_convert=["nosuch"]))
+    with pytest.raises(RecipeError, match="the override 'foo' fits no module"):
+        quantize(tiny("llama-gqa"), TurboQuantConfig("w4a8", overrides={"foo": "w8"}))

@@ -222,8 +222,8 @@ def _facts(s: Scheme, cache: Any, ids: Tensor) -> dict[str, Any]:
     if _has_kv(s):
         size = cache.nbytes()
         key_bits, value_bits = cache.bits()
-        layout = cache.ours[0].cache.layout
-        kernels = {row["op"]: row["kernel"] for row in explain(layout, ids.device)}
+        layout, dtype = cache.ours[0].cache.layout, cache.ours[0].cache.buf.ring_k.dtype
+        kernels = {row["op"]: row["kernel"] for row in explain(layout, ids.device, dtype, layout.kv.chunk)}
         same = set(kernels.values())
         kernel = same.pop() if len(same) == 1 else ", ".join(f"{op}: {k}" for op, k in kernels.items())
         out |= {"key_bits": key_bits, "value_bits": value_bits, "kernel": kernel}

@@ -92,7 +92,7 @@ def _generate(
     times = streamer.times  # times[0] is the prompt
     if parsed.kv:
         size, sixteen = cache.nbytes(), sixteen_bit_bytes(cache)
-        kernels = {row["kernel"] for row in explain(cache.ours[0].cache.layout, model.device)}
+        kernels = {row["kernel"] for row in explain(cache.ours[0].cache.layout, model.device, model.dtype)}
     else:
         held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers if getattr(x, "keys", None) is not None)
         size, kernels = {"total": held, "pages": 0, "ring": held}, set()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,11 @@ def load(name: str | Path, dtype: str = "auto", device: str = "auto") -> tuple[A
     folder, options = _source(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import_module("turboquant.integrations.transformers")  # a quantized folder names its method, which this registers
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, **options)
-    except (OSError, ValueError, ImportError) as e:
+    except (OSError, ValueError, ImportError, RuntimeError) as e:
         offline = (
             " (HF_HUB_OFFLINE is set: the hub is not asked)" if os.environ.get("HF_HUB_OFFLINE", "0") != "0" else ""
         )

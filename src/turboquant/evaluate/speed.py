@@ -74,6 +74,7 @@ def _time(model: Any, s: Any, ids: torch.Tensor, new: int, repeats: int, progres
         began = _now(model)
         out = model(ids, past_key_values=cache, logits_to_keep=1)
         read = _now(model)
+        cache = out.past_key_values  # of a model set up for kv4 it is another one than was given
         token = out.logits[:, -1:].argmax(-1)
         for _ in range(new):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
@@ -92,7 +93,7 @@ def _time(model: Any, s: Any, ids: torch.Tensor, new: int, repeats: int, progres
         x.keys.nbytes + x.values.nbytes for x in cache.layers if getattr(x, "keys", None) is not None
     )  # fmt: skip
     layout = next((c.cache.layout for c in getattr(cache, "ours", [])), None)
-    kernels = {r["kernel"] for r in explain(layout, ids.device)} if layout else {"transformers"}
+    kernels = {r["kernel"] for r in explain(layout, ids.device, model.dtype)} if layout else {"transformers"}
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(ids.device) if ids.device.type == "cuda" else str(ids.device),

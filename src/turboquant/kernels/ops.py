@@ -2,7 +2,7 @@
 
 A backend is a module with functions of the same names and signatures; it may lack some, or refuse some arguments by
 saying why in its `supports(op, layout, device)` (None: it can). Of the cache ops, its `DTYPES`, where it has one, are
-the cache dtypes it serves, `GRADIENTS = False` says that it computes none, and `serves(op, layout, tokens, masked)`
+the cache dtypes it serves, `GRADIENTS = False` says that it computes none, and `serves(op, layout, chunk)`
 says why not for chunks that it does not take. What was asked for runs, or an error says why not; with "auto" the first
 backend that can runs, and `explain()` names it.
 """
@@ -39,14 +39,17 @@ class BackendError(RuntimeError):
 class Chunk:
     """What decides on the backend of a cache op beside layout and device.
 
-    dtype: of the cache, None for any. grad: an argument requires a gradient. tokens: of the chunk. masked: it has
-    padding or a mask.
+    dtype: of the cache, None for any. grad: an argument requires a gradient. tokens: of the chunk. rows: query rows of
+    a KV head, heads of its group times tokens. masked: there is padding or a mask. mixed: queries, keys, values and
+    cache differ in dtype.
     """
 
     dtype: torch.dtype | None = None
     grad: bool = False
     tokens: int = 1
+    rows: int = 1
     masked: bool = False
+    mixed: bool = False
 
 
 ANY = Chunk()
@@ -69,7 +72,7 @@ def _refusal(
     if chunk.dtype is not None and dtypes is not None and chunk.dtype not in dtypes:
         return f"{name} serves no {str(chunk.dtype).removeprefix('torch.')} cache"
     serves = getattr(module, "serves", None)
-    return serves(op, layout, chunk.tokens, chunk.masked) if serves else None
+    return serves(op, layout, chunk) if serves else None
 
 
 def choose(
@@ -106,22 +109,29 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def explain(
-    layout: PageLayout | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    layout: PageLayout | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    tokens: int = 1,
 ) -> list[dict[str, str]]:
-    """Which kernel runs each cache op on single tokens, and why none before it.
+    """Which kernel runs each cache op, and why none before it.
 
     Args:
         layout, device, dtype: of the cache; without a dtype, one that every backend serves.
+        tokens: of a chunk.
 
     Returns:
         Rows of {"op", "kernel", "device", "why"}.
     """
-    return _explain(OPS, layout, torch.device(device), Chunk(dtype))
+    return _explain(OPS, layout, torch.device(device), Chunk(dtype, tokens=tokens, rows=tokens))
 
 
 def explain_linear(spec: LinearSpec, device: torch.device | str = "cpu") -> list[dict[str, str]]:
     """Which kernel runs each op of a linear layer, and why the ones before it do not: rows as of `explain`."""
-    return _explain(LINEAR_OPS, spec, torch.device(device), ANY)
+    rows = _explain(LINEAR_OPS, spec, torch.device(device), ANY)
+    if rows[-1]["kernel"] == "reference":  # it quantizes its rows itself
+        rows[:-1] = [r | {"kernel": "reference", "why": "part of the reference's linear"} for r in rows[:-1]]
+    return rows
 
 
 def _explain(
@@ -140,7 +150,10 @@ def _explain(
 def _call(op: str, buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Any:
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     masked = any(x is not None for x in args[:2] if x is None or isinstance(x, Tensor))  # valid, mask
-    name, _ = choose(op, layout, q.device, Chunk(buf.ring_k.dtype, grad, k.shape[2], masked))
+    n, mixed = k.shape[2], not q.dtype == k.dtype == v.dtype == buf.ring_k.dtype
+    name, _ = choose(
+        op, layout, q.device, Chunk(buf.ring_k.dtype, grad, n, q.shape[1] // k.shape[1] * n, masked, mixed)
+    )
     return getattr(import_module(f"turboquant.kernels.{name}"), op)(buf, layout, q, k, v, *args)
 
 

@@ -1,5 +1,6 @@
 """Which modules of a model are quantized, and putting quantized ones in their place."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,24 @@ class Plan:
             if re.search(pattern, name):
                 return None if recipe == "none" else parse_recipe(recipe).linear
         return self.recipe.linear
+
+
+def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = ()) -> None:
+    """Refuse names to leave alone, and patterns, that fit no module.
+
+    Args:
+        asked: of `plan.skip`, those that the user gave.
+
+    Raises:
+        RecipeError: one that fits none.
+    """
+    names = [n for n, _ in model.named_modules()]
+    for skip in asked:
+        if not any(n == skip or n.endswith("." + skip) for n in names):
+            raise RecipeError(f"{skip!r}, to be left as it is, names no module of this model")
+    for pattern in plan.overrides:
+        if not any(re.search(pattern, n) for n in names):
+            raise RecipeError(f"the override {pattern!r} fits no module of this model")
 
 
 def experts_products(module: nn.Module) -> tuple[str, str] | None:
@@ -136,7 +155,9 @@ def shell(
     gated = getattr(module, "has_gate", names[0].startswith("gate"))
     if getattr(module, "has_post_expert_norm", False):
         raise RecipeError(f"experts with a norm behind them ({type(module).__name__}) are not supported")
-    gate = module._apply_gate if gated else module.act_fn
+    light = copy.copy(module)  # without its stacks, which a bound method would keep alive
+    light._parameters = {n: p for n, p in module._parameters.items() if n not in names}
+    gate = light._apply_gate if gated else module.act_fn
     experts = QuantExperts(
         shapes, gate, biases, recipe, device or stacks[0].device, stacks[0].dtype, like  # type: ignore[arg-type]
     )  # fmt: skip

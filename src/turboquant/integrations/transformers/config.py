@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from turboquant.integrations.transformers.attention import NAME
 from turboquant.integrations.transformers.cache import TurboQuantCache
+from turboquant.layers.cache import CacheError
 from turboquant.layers.convert import Plan
 from turboquant.packed.checkpoint import FORMAT, check_format
 from turboquant.recipe import Recipe, parse_recipe
@@ -33,6 +35,10 @@ def attach(model: Any, recipe: str | Recipe = "kv4") -> RemovableHandle:
     config = model.config.get_text_config(decoder=True)
     position = list(inspect.signature(model.forward).parameters).index("past_key_values")
 
+    replaced: list[Any] = [
+        None
+    ]  # weakly, the empty cache last replaced: whoever goes on with it would lose its history
+
     def swap(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         positional = len(args) > position
         given = args[position] if positional else kwargs.get("past_key_values")
@@ -46,6 +52,12 @@ def attach(model: Any, recipe: str | Recipe = "kv4") -> RemovableHandle:
             and given.get_seq_length() == 0
             and not getattr(given, "_is_user_defined", False)
         ):
+            if replaced[0] is not None and replaced[0]() is given:
+                raise CacheError(
+                    f"the {recipe.name!r} cache took this DynamicCache's place, which stays empty: go on with "
+                    "outputs.past_key_values"
+                )
+            replaced[0] = weakref.ref(given)
             cache = TurboQuantCache(module, recipe)
         elif not isinstance(given, TurboQuantCache):
             warnings.warn(

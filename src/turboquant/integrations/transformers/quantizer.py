@@ -15,6 +15,7 @@ from turboquant.integrations.transformers.config import TurboQuantConfig, attach
 from turboquant.kernels.linear import Shared
 from turboquant.layers.convert import (
     Quantized,
+    check_names,
     dequantize_model,
     quantize_model,
     shell,
@@ -64,6 +65,8 @@ class TurboQuantizer(HfQuantizer):
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         tied = bool(getattr(model, "all_tied_weights_keys", None))
         fresh = not self.pre_quantized
+        if fresh:
+            check_names(model, plan, self.quantization_config.modules_to_not_convert)
         for name, module, recipe in list(targets(model, plan, head)):
             if module is head and tied:
                 continue  # its weight is the input embeddings': see _process_model_after_weight_loading
@@ -161,6 +164,7 @@ def quantize(
     """
     config = config if isinstance(config, TurboQuantConfig) else TurboQuantConfig(config)
     plan, recipe = config.plan(), parse_recipe(config.recipe)
+    check_names(model, plan, config.modules_to_not_convert)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if any(m is head for _, m, _ in list(targets(model, plan, head))) and getattr(model, "all_tied_weights_keys", None):
         untie(model)

@@ -9,11 +9,11 @@ from typing import Any
 from turboquant.kernels.cpu import cache
 from turboquant.kernels.cpu import linear as _linear
 from turboquant.kernels.cpu.cache import DTYPES, cache_append, cache_attention
-from turboquant.kernels.cpu.linear import linear, quantize, rotate
+from turboquant.kernels.cpu.linear import linear, quantize
 
 GRADIENTS = False
 
-__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "linear", "quantize", "rotate", "supports"]
+__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "linear", "quantize", "supports"]
 
 
 def supports(op: str, layout: Any, device: Any) -> str | None:

@@ -3,7 +3,8 @@
 The library multiplies float rows with 4- or 8-bit weights, in int8 where the processor and its own choice allow and in
 fp32 otherwise. It is handed what the quantized rows stand for, so results are the reference's up to the order of sums
 (and up to the library's own int8 rounding of groups of rows, where it uses it). It takes fp32 rows only: others corrupt
-its memory. The rotation and rounding of rows is done by `quantize_rows` of the native module once it is built in.
+its memory. The rotation and rounding of rows is done by
+`quantize_rows` of the native module where it is built.
 """
 
 import importlib.util
@@ -23,7 +24,6 @@ from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe
 
 PACKAGE = "auto_round_kernel"
-rotate = reference.rotate
 
 
 @lru_cache(maxsize=1)
@@ -42,7 +42,12 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"cpu: tensors are on {device.type}"
     if op != "linear":
-        return None if _quantize_rows() else "cpu: the native module has no quantize_rows"
+        if not _quantize_rows():
+            return "cpu: the native module has no quantize_rows"
+        inputs, bits = getattr(spec, "inputs", 16), getattr(spec, "activation_bits", 8)
+        if inputs % 16 or bits != 8:
+            return f"cpu: quantizes to 8 bit and in sixteens, not {inputs} inputs to {bits} bit"
+        return cache.supports(op, None, device)
     if importlib.util.find_spec(PACKAGE) is None:
         return "cpu: auto-round-lib is not installed (pip install 'turboquant[cpu]')"
     if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 13):

@@ -8,7 +8,7 @@ import torch
 from turboquant.kernels.cuda import linear as _linear
 from turboquant.kernels.cuda import nvrtc
 from turboquant.kernels.cuda.append import cache_append
-from turboquant.kernels.cuda.attention import MAX_TOKENS, cache_attention
+from turboquant.kernels.cuda.attention import MAX_ROWS, MAX_TOKENS, cache_attention
 from turboquant.kernels.cuda.common import DTYPES, refusal
 from turboquant.kernels.cuda.linear import linear
 from turboquant.packed.page import PageLayout
@@ -24,17 +24,22 @@ def supports(op: str, layout: Any, device: torch.device) -> str | None:
         return _linear.supports(op, layout, device)
     if device.type != "cuda":
         return f"cuda: tensors are on {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "cuda: needs compute capability 8.0 or newer"
     return (refusal(layout) if layout is not None else None) or nvrtc.missing()
 
 
-def serves(op: str, layout: PageLayout | None, tokens: int, masked: bool) -> str | None:
-    """None if chunks of `tokens` can run, else why not."""
-    if masked:
+def serves(op: str, layout: PageLayout | None, chunk: Any) -> str | None:
+    """None if chunks like `ops.Chunk` can run, else why not."""
+    tokens = chunk.tokens
+    if chunk.masked:
         return "cuda: not for chunks with padding or a mask"
+    if chunk.mixed:
+        return "cuda: not for queries, keys and a cache of different dtypes"
     if op == "cache_append":
         return None
-    if tokens > MAX_TOKENS:
-        return f"cuda: attention only for chunks of up to {MAX_TOKENS} tokens"
+    if tokens > MAX_TOKENS or chunk.rows > MAX_ROWS:
+        return f"cuda: attention only for chunks of up to {MAX_TOKENS} tokens and {MAX_ROWS} query rows a KV head"
     if layout is not None and tokens > layout.kv.ring_slots - layout.kv.ring + 1:
         return f"cuda: a chunk of {tokens} tokens would overwrite ring slots that its first row reads"
     return None

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels.cuda import nvrtc
-from turboquant.kernels.cuda.common import DTYPES, page_macros
+from turboquant.kernels.cuda.common import DTYPES, PAGE, page_macros
 from turboquant.maths.codec import TIE, TRIALS, codebook, log_decode, token_scale
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 
-PAGE = 64
 THREADS = 256
 
 

@@ -97,8 +97,9 @@ def linear(
     if recipe is None:
         y = multiply(layers, flat.to(dtype).contiguous(), None)
     else:
-        make = lambda: ops.quantize(x, recipe, state.hot)  # noqa: E731
-        rows = state.shared.take(x, recipe, make) if state.shared and recipe.bits == 8 else make()
+        with ops.use_backend("auto"):  # humming has no quantizer
+            make = lambda: ops.quantize(x, recipe, state.hot)  # noqa: E731
+            rows = state.shared.take(x, recipe, make) if state.shared and recipe.bits == 8 else make()
         codes = rows.codes if isinstance(rows, Int8Rows) else rows.int8()
         y = multiply(layers, codes.reshape(-1, k).contiguous(), rows.unit.reshape(-1, 1))
         if isinstance(rows, Int4Rows) and state.hot is not None and state.hot.weight is not None:

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import os
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,13 @@ def _cubin(name: str, config: str, arch: str) -> bytes:
     if path.exists():
         return path.read_bytes()
     cubin = compile_source(name, config, arch)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(cubin)
-    os.replace(file.name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+    except OSError as e:
+        warnings.warn(f"compiled kernels cannot be kept in {path.parent}: {e.strerror}", stacklevel=2)
     return cubin
 
 

@@ -33,8 +33,10 @@ def supports(op: str, layout: Any, device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton: not installed"
     if op in ("quantize", "rotate", "linear"):
-        inputs = getattr(layout, "inputs", 0)
-        return f"triton: {inputs} inputs are not made of sixteens" if inputs % 16 else None
+        inputs, bits = getattr(layout, "inputs", 0), getattr(layout, "activation_bits", 8)
+        if inputs % 16 or bits != 8:
+            return f"triton: quantizes to 8 bit and in sixteens, not {inputs} inputs to {bits} bit"
+        return _too_old(device) if device.type == "cuda" else None
     if layout is not None:
         size = 1 << (layout.kv.page - 1).bit_length() << (layout.head_dim - 1).bit_length()
         if size > LARGEST_PAGE:
