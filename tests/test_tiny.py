@@ -1,5 +1,7 @@
 """The quick tour: one look at every floor of the house, in seconds. `make check` runs it."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -86,3 +88,11 @@ def test_transformers():
     packed = turboquant.TurboQuantCache(model, "kv4:page=16,ring=0,rewind=0")
     assert model.generate(**inputs, past_key_values=packed).shape == want.shape
     assert packed.nbytes()["pages"] > 0 and packed.bits()[0] > 4
+
+
+def test_where_there_is_a_compiler_the_native_module_is_built():
+    """Without it the install goes on as pure Python, and every test of the native backend would be skipped."""
+    from turboquant.kernels.cpu import cache
+
+    if shutil.which("c++") or shutil.which("g++"):
+        assert cache.isas(), f"the native module is missing: {cache._missing}"
