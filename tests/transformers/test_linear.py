@@ -1,6 +1,5 @@
 """Linear recipes through `from_pretrained`: loading, saving, every kind of layer, and what is refused."""
 
-import importlib.util
 import json
 
 import pytest
@@ -262,8 +261,6 @@ def test_config_refuses():
 
 def test_adapters_read_the_unquantized_input(saved, ids):
     """LoRA on top: the adapter's share of the output is exactly that of its float input."""
-    if importlib.util.find_spec("peft") is None:
-        pytest.skip("peft is not installed")
     from peft import LoraConfig, get_peft_model
 
     _, folder = saved("llama-gqa")
