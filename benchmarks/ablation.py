@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from turboquant.kernels import reference
 from turboquant.layers.cache import LayerCache
 from turboquant.maths import codec
+from turboquant.maths.codec import search_levels
 from turboquant.maths.quantizer import least_squares_scale, rms, safe_divide
 from turboquant.maths.tracker import ChannelStats, ChannelTracker
 from turboquant.packed import buffers
@@ -38,9 +39,14 @@ def both(*changes: Change) -> Change:
     return lambda stack: [c(stack) for c in changes] and None
 
 
-def _least_squares(y: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+def _least_squares(y: torch.Tensor, bits: int) -> torch.Tensor:
+    levels = codec.codebook(bits)
     c = levels[codec.nearest(safe_divide(y, rms(y)), levels).long()]
     return least_squares_scale(y, c).squeeze(-1)
+
+
+def _rms_alone(bits: int) -> tuple[tuple[int, ...], ...]:
+    return search_levels(bits)[:1]
 
 
 def _no_mean(self: ChannelTracker, page: ChannelStats, blend: float) -> ChannelStats:
@@ -56,7 +62,7 @@ def _by_sigma_key(self: ChannelStats, count: int) -> torch.Tensor:
 NOTHING: Change = lambda stack: None  # noqa: E731
 ROWS: list[tuple[str, str, Change]] = [
     ("kv4 as shipped", "kv4", NOTHING),
-    ("one trial scale (the RMS)", "kv4", change(codec, "TRIALS", (1.0,))),
+    ("one trial scale (the RMS)", "kv4", change(codec, "search_levels", _rms_alone)),
     ("one trial, least-squares scale", "kv4", change(codec, "_row_scale", _least_squares)),
     ("no channel scale s", "kv4", change(ChannelStats, "scales", lambda self: torch.ones_like(self.var))),
     ("no mean", "kv4", change(ChannelTracker, "frozen", _no_mean)),

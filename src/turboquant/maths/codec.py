@@ -8,28 +8,33 @@ Keys, plain:  as values (the paper's TurboQuant_mse with the length of each toke
 rounding did to them. s is stored as a logarithm in 8 bit; μ as int8 in units of s (a residual mean of a fraction of
 s costs nothing: it is coded with the rest); a_t as 8-bit logarithm below the page's largest scale.
 
-A row's codes are those of the best of seven trial scales around its RMS, and its stored scale is ‖y‖²/<y,level> rather
+A row's codes are those of the best of eight trial scales around its RMS, and its stored scale is ‖y‖²/<y,level> rather
 than the least-squares <y,level>/‖level‖²: slightly worse as a reconstruction, but <y, a·level> = ‖y‖², so a row's own
 direction, which the logits of its readers are made of, is not shrunk. Both cost nothing to read; docs/measured.md has
-what they buy.
+what they buy. The search is in integers, whose sums have no order: see `search_levels`.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from turboquant.maths.codebook import lloyd_max, nearest, uniform
-from turboquant.maths.exact import lane_sum
+from turboquant.maths.exact import lane_sum, root
 from turboquant.maths.quantizer import least_squares_scale, rms, safe_divide
 from turboquant.maths.rotation import rotate, unrotate
 from turboquant.maths.tracker import ChannelStats
 
 S_STEPS = 16  # steps per octave of log_s: 4.4 % apart
 ROW_STEPS = 32  # steps per octave of log_scale: 2.2 % apart
-TRIALS = (1.0, 0.8, 0.8667, 0.9333, 1.0667, 1.1333, 1.2)  # of a row's RMS
-TIE = 1 + 2.0**-18  # a later trial must fit better by this factor: a backend may sum in another order
+TRIALS = (1.0, 0.75, 0.8, 0.8667, 0.9333, 1.0667, 1.1333, 1.2)  # of a row's RMS; the first wins a tie
+CODE_CELLS = 256  # of a scale: codes change at whole cells only
+SEARCH_UNITS = 2048  # of the search for a scale: a row's RMS is so many units, and numbers are whole units
+SEARCH_CELL = 32  # units of a cell: the search takes one level for all of it, that of its middle
+SEARCH_CELLS = 192  # three RMS; what lies beyond has the outermost level at every trial scale
 FP16_MAX = 65504.0
 
 
@@ -87,6 +92,29 @@ def int8_levels(bits: int) -> tuple[tuple[int, ...], float]:
     return tuple(int(c) for c in (levels / unit).round().tolist()), unit
 
 
+@lru_cache(maxsize=8)
+def code_edges(bits: int) -> tuple[int, ...]:
+    """Where the next code begins, ascending, in cells: the middles between levels, rounded to whole cells.
+
+    A code is the number of edges <= y·(CODE_CELLS/scale), so kernels may look it up by cell.
+    """
+    levels = codebook(bits).double()
+    return tuple(int(e) for e in ((levels[1:] + levels[:-1]) / 2 * CODE_CELLS).round().tolist())
+
+
+@lru_cache(maxsize=8)
+def search_levels(bits: int) -> tuple[tuple[int, ...], ...]:
+    """(TRIALS, SEARCH_CELLS): the positive level, in int8 units, that each trial scale gives each cell of |y|.
+
+    Whole units in and whole units out: <y, level> and ‖level‖² of a row are exact, however they are added up.
+    """
+    codes, unit = int8_levels(bits)
+    positive = codes[len(codes) // 2 :]
+    edges = [(a + b) / 2 * unit for a, b in pairwise(positive)]
+    middle = [(i + 0.5) * SEARCH_CELL / SEARCH_UNITS for i in range(SEARCH_CELLS)]
+    return tuple(tuple(positive[bisect_left(edges, y / trial)] for y in middle) for trial in TRIALS)
+
+
 def fp16_up(x: Tensor) -> Tensor:
     """Round x >= 0 up to fp16, saturating at 65504."""
     x = x.clamp_max(FP16_MAX)
@@ -110,35 +138,45 @@ def token_scale(log_scale: Tensor, base: Tensor) -> Tensor:
     return torch.where(log_scale == 255, 0.0, a)
 
 
-def _row_scale(y: Tensor, levels: Tensor) -> Tensor:
+def _row_scale(y: Tensor, bits: int) -> Tensor:
     """The scale to store for each row (before rounding): (..., P, d) -> (..., P)."""
-    if levels[-1] == 1:  # uniform levels span [-1, 1]
+    if bits == 8:
+        levels = codebook(bits, y.device)
         norm = y.abs().amax(-1, keepdim=True)
         return least_squares_scale(y, levels[nearest(safe_divide(y, norm), levels).long()]).squeeze(-1)
-    norm, best, overlap = rms(y), None, None
-    for trial in TRIALS:
-        c = levels[nearest(safe_divide(y, norm * trial), levels).long()]
-        dot = lane_sum(y * c)
-        fit = dot.square() / lane_sum(c.square())
-        if best is None or overlap is None:
-            best, overlap = fit, dot
-        else:
-            better = fit > best * TIE
-            best, overlap = torch.where(better, fit, best), torch.where(better, dot, overlap)
-    assert overlap is not None
-    return safe_divide(lane_sum(y.square()), overlap)
+    square = lane_sum(y.square())
+    norm = root(square / y.shape[-1])
+    per_unit = safe_divide(torch.full_like(norm, SEARCH_UNITS), norm)
+    units = (y * per_unit.unsqueeze(-1)).abs().round().clamp_max(32767).int()
+    cell = (units // SEARCH_CELL).clamp_max(SEARCH_CELLS - 1)
+    best, overlap = torch.zeros_like(norm), torch.zeros_like(norm)
+    for table in torch.tensor(search_levels(bits), dtype=torch.int32, device=y.device):
+        level = table[cell]
+        dot = (units * level).sum(-1).float()
+        fit = dot * dot / level.square().sum(-1).float()
+        better = fit > best
+        best, overlap = torch.where(better, fit, best), torch.where(better, dot, overlap)
+    return safe_divide(square, overlap * int8_levels(bits)[1] * (norm / SEARCH_UNITS))
+
+
+def _row_codes(y: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """(..., P, d), (..., P) -> codes (..., P, d) uint8."""
+    scale = scale.unsqueeze(-1)
+    if bits == 8:
+        return nearest(safe_divide(y, scale), codebook(bits, y.device))
+    cells = y * safe_divide(torch.full_like(scale, CODE_CELLS), scale)
+    edges = torch.tensor(code_edges(bits), dtype=torch.float32, device=y.device)
+    return torch.bucketize(cells, edges, right=True).to(torch.uint8)
 
 
 def encode_rows(y: Tensor, bits: int, usable: Tensor) -> RowCodes:
     """Code rotated rows y (..., P, d) fp32; only usable (..., P) rows set the base, the others saturate at it."""
-    levels = codebook(bits, y.device)
-    scale = _row_scale(y, levels)
+    scale = _row_scale(y, bits)
     base = fp16_up(torch.where(usable, scale, 0.0).amax(-1))
     ratio = safe_divide(base.float().unsqueeze(-1), scale)
     log_scale = (torch.log2(ratio.clamp_min(1)) * ROW_STEPS).round().clamp(0, 254)
     log_scale = torch.where((scale > 0) & (base > 0).unsqueeze(-1), log_scale, 255.0).to(torch.uint8)
-    a = token_scale(log_scale, base).unsqueeze(-1)
-    return RowCodes(nearest(safe_divide(y, a), levels), log_scale, base)
+    return RowCodes(_row_codes(y, token_scale(log_scale, base), bits), log_scale, base)
 
 
 def decode_rows(c: RowCodes, bits: int) -> Tensor:

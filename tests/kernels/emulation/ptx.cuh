@@ -16,12 +16,13 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
-#define DEVICE static inline
+#define DEVICE inline
 #define __device__
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(n)
 #define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
 #define NEG (-INFINITY)
 
 struct Three {
@@ -29,6 +30,9 @@ struct Three {
 };
 struct uint4 {
   u32 x, y, z, w;
+};
+struct uint2 {
+  u32 x, y;
 };
 static Three threadIdx, blockIdx, gridDim, blockDim;
 static u8 shared_memory[1 << 18] __attribute__((aligned(128)));
@@ -80,6 +84,14 @@ template <class T> static T __shfl_xor_sync(u32, T x, int n) {
   barrier(warp, 32);
   return y;
 }
+template <class T> static T __shfl_sync(u32, T x, int lane) {
+  return __shfl_xor_sync(~0u, x, (threadIdx.x ^ lane) & 31);
+}
+static u32 __ballot_sync(u32, bool x) {
+  u32 bits = u32(x) << (threadIdx.x & 31);
+  for (int n = 16; n; n >>= 1) bits |= __shfl_xor_sync(~0u, bits, n);
+  return bits;
+}
 static void entry() {
   body();
   fibers[current].done = true;
@@ -120,6 +132,30 @@ static u32 __float_as_uint(float x) {
 static float __fsqrt_rn(float x) { return std::sqrt(x); }
 static float __frcp_rn(float x) { return 1.f / x; }
 static int max(int a, int b) { return a > b ? a : b; }
+static int __ffs(u32 x) { return __builtin_ffs(x); }
+static float __fadd_rd(float a, float b) {  // rounded down
+  const double exact = double(a) + b;
+  const float near = float(exact);
+  return near > exact ? std::nextafterf(near, -INFINITY) : near;
+}
+static u32 min(u32 a, u32 b) { return a < b ? a : b; }
+static int __popc(u32 x) { return __builtin_popcount(x); }
+static int __popcll(u64 x) { return __builtin_popcountll(x); }
+static u32 prmt(u32 a, u32 b, u32 selector) {
+  const u64 bytes = a | u64(b) << 32;
+  u32 out = 0;
+  for (int i = 0; i < 4; i++) out |= u32(u8(bytes >> (8 * (selector >> (4 * i) & 7)))) << (8 * i);
+  return out;
+}
+static u32 dp2a(u32 a, u32 b, u32 c) { return c + (a & 0xFFFF) * (b & 255) + (a >> 16) * (b >> 8 & 255); }
+static u32 dp2a_low(u32 a, u32 b, u32 c) { return dp2a(a, b, c); }
+static u32 dp2a_high(u32 a, u32 b, u32 c) { return dp2a(a, b >> 16, c); }
+static u32 dp4a(u32 a, u32 b, u32 c) {
+  for (int i = 0; i < 32; i += 8) c += (a >> i & 255) * (b >> i & 255);
+  return c;
+}
+static int min(int a, int b) { return a < b ? a : b; }
+static void atomicOr(u32* to, u32 x) { *to |= x; }
 static void atomicAdd(u64* to, u64 x) { *to += x; }
 static void wait_for_previous() {}
 static u16 to_half(float x) {

@@ -16,7 +16,21 @@ import torch
 from torch import Tensor
 
 from turboquant.maths.codebook import lloyd_max
-from turboquant.maths.codec import ROW_STEPS, S_STEPS, TIE, TRIALS, codebook, int8_levels, log_decode, token_scale
+from turboquant.maths.codec import (
+    CODE_CELLS,
+    ROW_STEPS,
+    S_STEPS,
+    SEARCH_CELL,
+    SEARCH_CELLS,
+    SEARCH_UNITS,
+    TRIALS,
+    code_edges,
+    codebook,
+    int8_levels,
+    log_decode,
+    search_levels,
+    token_scale,
+)
 from turboquant.maths.rotation import hadamard_block, signs
 from turboquant.packed.bits import packed_bytes
 from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
@@ -84,14 +98,20 @@ def _spec(layout: PageLayout, page_bytes: int) -> Any:
         "decay_new": 1 - kv.decay,
         "blend_old": 1 - kv.blend,
         "blend_new": kv.blend,
-        "tie": TIE,
+        "code_cells": CODE_CELLS,
+        "search_units": SEARCH_UNITS,
+        "search_cell": SEARCH_CELL,
     }
-    tables = {"signs": signs(d), "s_table": s_table, "a_table": a_table, "trials": torch.tensor(TRIALS)}
+    tables = {"signs": signs(d), "s_table": s_table, "a_table": a_table}
     for part, bits in (("key", kv.key_bits), ("value", kv.value_bits)):
         levels = lloyd_max(bits, None) if plain else codebook(bits)
         tables[f"{part}_levels"] = levels
         tables[f"{part}_edges"] = (levels[1:] + levels[:-1]) / 2
         numbers[f"{part}_unit"] = int8_levels(bits)[1]
+        if not plain and bits < 8:
+            tables[f"{part}_edges"] = torch.tensor(code_edges(bits))
+        search = torch.zeros(len(TRIALS), SEARCH_CELLS) if plain or bits == 8 else torch.tensor(search_levels(bits))
+        tables[f"{part}_search"] = search.T.flatten()  # (cells, trials)
     offsets = {name: field.offset for name, field in layout.fields.items()}
     return _native.spec(
         {k: float(v) for k, v in numbers.items()}, offsets, {k: v.float().tolist() for k, v in tables.items()}

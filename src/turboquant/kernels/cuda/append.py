@@ -13,17 +13,29 @@ from torch import Tensor
 
 from turboquant.kernels.cuda import nvrtc
 from turboquant.kernels.cuda.common import DTYPES, PAGE, page_macros
-from turboquant.maths.codec import TIE, TRIALS, codebook, log_decode, token_scale
+from turboquant.maths.codec import (
+    CODE_CELLS,
+    SEARCH_CELL,
+    SEARCH_CELLS,
+    SEARCH_UNITS,
+    TRIALS,
+    code_edges,
+    int8_levels,
+    log_decode,
+    search_levels,
+    token_scale,
+)
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 
-THREADS = 256
+THREADS = 512  # of the kernels that see pages
+STORE_THREADS = 256
 
 
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/append.cu
     _fields_ = [
         *[(n, ctypes.c_void_p) for n in ("pages", "table", "length", "nonfinite", "starts")],
-        *[(n, ctypes.c_void_p) for n in ("ring_k", "ring_v", "sink_k", "sink_v", "readers", "tracker", "states")],
+        *[(n, ctypes.c_void_p) for n in ("ring_k", "ring_v", "sink_k", "sink_v", "readers", "tracker", "states", "masks")],
         *[(n, ctypes.c_void_p) for n in ("q", "k", "v")],
         *[(f"{t}_{s}", ctypes.c_longlong) for t in "qkv" for s in "bhn"],
         *[(n, ctypes.c_int) for n in ("pool", "width", "batch", "heads", "group", "tokens", "slots", "sinks")],
@@ -31,35 +43,48 @@ class _Call(ctypes.Structure):  # mirrors `Call` of csrc/append.cu
     ]
 
 
+CODE_REACH = 3 * CODE_CELLS  # cells of a scale that the code table covers to either side: beyond lie the outer codes
+
+
 def _floats(name: str, values: list[float]) -> str:
     return f"__constant__ float {name}[{len(values)}] = {{{', '.join(f'{v!r}f' for v in values)}}};"
+
+
+def _words(name: str, table: Tensor) -> str:
+    words = table.to(torch.uint8).contiguous().flatten().view(torch.int64).tolist()
+    return f"__device__ const unsigned long long {name}[] = {{{', '.join(f'{w}ull' for w in words)}}};"
 
 
 def config(layout: PageLayout, dtype: torch.dtype) -> str:
     """config.cuh: what append.cu needs to know about the recipe and the model."""
     kv = layout.kv
+    used = {i for f in layout.fields.values() for i in range(f.offset, f.offset + f.nbytes)}
+    gaps = [i for i in range(layout.page_bytes) if i not in used]
     numbers = page_macros(layout, dtype) | {
-        "TRIALS": ", ".join(f"{t!r}f" for t in TRIALS), "TIE": f"{TIE!r}f",
+        "THREADS": THREADS, "CODE_CELLS": CODE_CELLS, "CODE_REACH": CODE_REACH, "GAPS": len(gaps),
+        "SEARCH_UNITS": SEARCH_UNITS, "SEARCH_CELL": SEARCH_CELL, "SEARCH_CELLS": SEARCH_CELLS,
         "DECAY_OLD": f"{1 - (1 - kv.decay)!r}f", "DECAY_NEW": f"{1 - kv.decay!r}f",
         "BLEND_OLD": f"{1 - kv.blend!r}f", "BLEND_NEW": f"{kv.blend!r}f",
+        "KEY_UNIT": f"{int8_levels(kv.key_bits)[1]!r}f", "VALUE_UNIT": f"{int8_levels(kv.value_bits)[1]!r}f",
     }  # fmt: skip
     lines = [f"#define {k} {v}" for k, v in numbers.items() if k != "SIGN_BITS"]
     tables = [str(numbers["SIGN_BITS"])]
     tables.append(_floats("S_TABLE", log_decode(torch.arange(256, dtype=torch.uint8)).tolist()))
     tables.append(_floats("A_TABLE", token_scale(torch.arange(256), torch.ones((), dtype=torch.float16)).tolist()))
+    tables.append(f"__constant__ short GAP[] = {{{', '.join(map(str, gaps or [0]))}}};")
+    cells = torch.arange(-CODE_REACH, CODE_REACH)
     for part, bits in (("KEY", kv.key_bits), ("VALUE", kv.value_bits)):
-        levels = codebook(bits)
-        edges = ((levels[1:] + levels[:-1]) / 2).tolist()
-        above = edges[len(edges) // 2 :] if bits < 8 else []  # 0 and the positive ones
-        tables.append(_floats(f"{part}_EDGES", (above + [0.0] * 8)[:8]))
-        tables.append(_floats(f"{part}_LEVELS", (levels.tolist() if bits < 8 else []) + [0.0] * 16))
+        small = bits < 8  # 8 bit have neither search nor table
+        search = torch.tensor(search_levels(bits)) if small else torch.zeros(len(TRIALS), SEARCH_CELLS)
+        codes = torch.bucketize(cells, torch.tensor(code_edges(bits)), right=True) if small else 0 * cells
+        tables += [_words(f"{part}_SEARCH", search.T), _words(f"{part}_CODES", codes)]
     return "\n".join(["#pragma once", *lines, *tables, ""])
 
 
 def _memory(layout: PageLayout) -> int:
     """Bytes of `Memory` of csrc/append.cu, generously."""
-    d, half = layout.head_dim, layout.key_bytes
-    return 2 * PAGE * d + max(half, layout.page_bytes - half) + 4 * (6 * d + 2 * PAGE + 24 + layout.hot) + 256
+    d = layout.head_dim
+    return 2 * PAGE * (d + 8) + 8 * SEARCH_CELLS + 2 * CODE_REACH + 4 * (7 * d + PAGE + layout.hot) + 256
 
 
 @lru_cache(maxsize=256)
@@ -85,11 +110,12 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
     q, k, v = map(_dense, (q, k, v))
     pages = -(-n // PAGE)  # that the chunk may complete
     several = pages if pages > 1 else 0
-    work = torch.empty(2 * b + several * b * h * 3 * d, dtype=torch.float32, device=k.device)
+    words = 2 * b * h * several  # 8 bytes each: starts, masks; then states
+    work = torch.empty(2 * (b + words) + several * b * h * 3 * d, dtype=torch.float32, device=k.device)
     call = _Call(
         buf.pages.data_ptr(), buf.table.data_ptr(), buf.length.data_ptr(), buf.nonfinite.data_ptr(), work.data_ptr(),
         buf.ring_k.data_ptr(), buf.ring_v.data_ptr(), buf.sink_k.data_ptr(), buf.sink_v.data_ptr(),
-        buf.readers.data_ptr(), buf.tracker.data_ptr(), work.data_ptr() + 8 * b,
+        buf.readers.data_ptr(), buf.tracker.data_ptr(), work.data_ptr() + 8 * (b + words), work.data_ptr() + 8 * b,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         buf.pages.shape[0], buf.table.shape[1], b, h, q.shape[1] // h, n, layout.kv.ring_slots, layout.kv.sinks,
         buf.readers.shape[2], several,
@@ -97,6 +123,8 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
     stream = nvrtc.stream_of(k.device)
     if several:
         nvrtc.launch(stats, (pages, h, b), THREADS, 0, stream, call)
-        nvrtc.launch(track, (-(-3 * d // 128), h, b), 128, 0, stream, call)
-    nvrtc.launch(encode, (pages, h, 2 * b), THREADS, _memory(layout), stream, call)
-    nvrtc.launch(store, (n, b, 1), THREADS, 0, stream, call, after=True)
+        nvrtc.launch(track, (-(-3 * d // 128), h, b), 128, 0, stream, call, after=True)
+    nvrtc.launch(encode, (pages, h, 2 * b), THREADS, _memory(layout), stream, call, after=bool(several))
+    tail = min(n, max(layout.kv.ring_slots, PAGE))  # tokens of which `store` keeps something, or in no page
+    front = min(layout.kv.sinks, n - tail) if several else n - tail
+    nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, stream, call, after=True)

@@ -1,7 +1,7 @@
 """Device helpers that encode one page: its statistics, its keys, its values. The order of maths/codec.py.
 
-Differences from the reference are those of summation order, so a number next to a rounding boundary may fall on its
-other side; the margin TIE keeps the choice of the trial scale out of that.
+Differences from the reference are those of summation order (of a row's RMS, of means and variances), so a number next
+to a rounding boundary may fall on its other side; the search for a row's scale adds whole numbers, exactly.
 """
 
 import triton
@@ -17,9 +17,10 @@ from turboquant.kernels.triton.tile import (
     rint,
     store16,
 )
-from turboquant.maths.codec import TIE as _TIE
+from turboquant.maths import codec
 
-TIE = tl.constexpr(_TIE)
+UNITS, CELL, CELLS = (tl.constexpr(n) for n in (codec.SEARCH_UNITS, codec.SEARCH_CELL, codec.SEARCH_CELLS))
+CODE_CELLS = tl.constexpr(float(codec.CODE_CELLS))
 
 
 @triton.jit
@@ -104,8 +105,8 @@ def quotient(y, scale):
 
 
 @triton.jit
-def encode_rows(y, usable, base_at, scale_at, codes_at, levels, edges, tab, BITS: tl.constexpr, ROW: tl.constexpr,
-                L: tl.constexpr):  # fmt: skip
+def encode_rows(y, usable, base_at, scale_at, codes_at, edges, search, tab, UNIT: tl.constexpr, BITS: tl.constexpr,
+                ROW: tl.constexpr, L: tl.constexpr):  # fmt: skip
     """Choose scales, code rotated rows y (PP, DP) and store base, log_scale (or the plain scale) and codes."""
     rows, c = tl.arange(0, L.PP), tl.arange(0, L.DP)
     real = (c < L.D)[None, :]
@@ -125,23 +126,19 @@ def encode_rows(y, usable, base_at, scale_at, codes_at, levels, edges, tab, BITS
             level = tl.div_rn(clamp(tl.ceil(u * 127 - 0.5), 0.0, 127.0), 127.0 + tl.zeros_like(u))
             scale = tl.sum(a * level, 1) / tl.maximum(tl.sum(level * level, 1), 1e-30)
         else:
+            per_unit = tl.where(rms > 0, tl.div_rn(UNITS + tl.zeros_like(rms), tl.where(rms > 0, rms, 1.0)), 0.0)
+            units = tl.minimum(rint(a * per_unit[:, None]), 32767.0).to(tl.int32)
+            cell = tl.minimum(units // CELL, CELLS - 1)
             best = tl.zeros_like(rms)
             overlap = tl.zeros_like(rms)
             for t in tl.static_range(L.TRIALS):
-                norm = rms * tl.load(tab + L.T_trials + t)
-                level = tl.zeros_like(a) + tl.load(levels + half)
-                for e in tl.static_range(half - 1):
-                    edge = norm * tl.load(edges + half + e)
-                    level = tl.where(a > edge[:, None], tl.load(levels + half + e + 1), level)
-                level = tl.where(real, level, 0.0)
-                dot = tl.sum(a * level, 1)
-                fit = dot * dot / tl.sum(level * level, 1)
-                if t == 0:
-                    best, overlap = fit, dot
-                else:
-                    better = fit > best * TIE
-                    best, overlap = tl.where(better, fit, best), tl.where(better, dot, overlap)
-            scale = tl.where(overlap > 0, square / tl.where(overlap > 0, overlap, 1.0), 0.0)
+                level = tl.where(real, tl.load(search + 256 * t + cell).to(tl.int32), 0)
+                dot = tl.sum(units * level, 1).to(tl.float32)
+                fit = tl.div_rn(dot * dot, tl.sum(level * level, 1).to(tl.float32))
+                better = fit > best
+                best, overlap = tl.where(better, fit, best), tl.where(better, dot, overlap)
+            overlap = overlap * UNIT * (rms * (1.0 / UNITS))
+            scale = tl.where(overlap > 0, tl.div_rn(square, tl.where(overlap > 0, overlap, 1.0)), 0.0)
         base16 = fp16_up(tl.max(tl.where(usable, scale, 0.0), 0))
         store16(base_at, base16)
         base = base16.to(tl.float32)
@@ -150,13 +147,18 @@ def encode_rows(y, usable, base_at, scale_at, codes_at, levels, edges, tab, BITS
         log = clamp(rint(tl.log2(tl.maximum(ratio, 1.0)) * 32), 0.0, 254.0)
         log = tl.where(some, log, 255.0).to(tl.int32)
         tl.store(scale_at + rows, log.to(tl.uint8), mask=rows < L.P)
-        u = quotient(y, base * tl.load(tab + L.T_a + log))
+        scale = base * tl.load(tab + L.T_a + log)
         if BITS == 8:
+            u = quotient(y, scale)
             m = clamp(tl.ceil(tl.abs(u) * 127 - 0.5), 0.0, 127.0).to(tl.int32)
             code = tl.where(u > 0, 127 + m, 127 - m)
         else:
-            m = magnitude(tl.abs(u), edges, BITS)
-            code = tl.where(u > 0, half + m, half - 1 - m)
+            some = scale > 0
+            per_cell = tl.where(some, tl.div_rn(CODE_CELLS + tl.zeros_like(scale), tl.where(some, scale, 1.0)), 0.0)
+            cells = y * per_cell[:, None]
+            code = tl.zeros_like(y).to(tl.int32)
+            for e in tl.static_range(2 * half - 1):
+                code += (cells >= tl.load(edges + e)).to(tl.int32)
         store_codes(codes_at, code, rows, ROW, BITS, L)
 
 
@@ -177,8 +179,8 @@ def encode_values(v, usable, page, gaps, tab, matrix, L: tl.constexpr, PARTS: tl
                  mask=i + g < L.GAPS)  # fmt: skip
     y = rotated(v, tab, matrix, L, PARTS, TYPE)
     scale: tl.constexpr = L.O_value_log_scale if L.LIVE else L.O_value_scale
-    encode_rows(y, usable, page + L.O_value_base, page + scale, page + L.O_value_codes, tab + L.T_value_levels,
-                tab + L.T_value_edges, tab, L.VB, L.VROW, L)  # fmt: skip
+    encode_rows(y, usable, page + L.O_value_base, page + scale, page + L.O_value_codes, tab + L.T_value_edges,
+                tab + L.T_value_search, tab, L.VUNIT, L.VB, L.VROW, L)  # fmt: skip
 
 
 @triton.jit
@@ -192,8 +194,8 @@ def encode_keys(k, mean, var, power, usable, page, ring, chunk, at_ring, at_chun
     """Keys (PP, DP), finite, with the statistics (DP,) frozen for the page; ring and chunk are where they came from."""
     if not L.LIVE:
         y = rotated(k, tab, matrix, L, PARTS, TYPE)
-        encode_rows(y, usable, page, page + L.O_key_scale, page + L.O_key_codes, tab + L.T_key_levels,
-                    tab + L.T_key_edges, tab, L.KB, L.KROW, L)  # fmt: skip
+        encode_rows(y, usable, page, page + L.O_key_scale, page + L.O_key_codes, tab + L.T_key_edges,
+                    tab + L.T_key_search, tab, L.KUNIT, L.KB, L.KROW, L)  # fmt: skip
     else:
         c = tl.arange(0, L.DP)
         real = c < L.D
@@ -220,7 +222,7 @@ def encode_keys(k, mean, var, power, usable, page, ring, chunk, at_ring, at_chun
         rest = tl.div_rn(k, tl.zeros_like(k) + s[None, :]) - (code * step)[None, :]
         y = rotated(tl.where(cold[None, :], rest, 0.0), tab, matrix, L, 3 if PARTS > 0 else 0, TYPE)
         encode_rows(y, usable, page + L.O_key_base, page + L.O_key_log_scale, page + L.O_key_codes,
-                    tab + L.T_key_levels, tab + L.T_key_edges, tab, L.KB, L.KROW, L)  # fmt: skip
+                    tab + L.T_key_edges, tab + L.T_key_search, tab, L.KUNIT, L.KB, L.KROW, L)  # fmt: skip
         if L.HOT > 0:
             i = tl.arange(0, L.HOTP)
             some = i < L.HOT

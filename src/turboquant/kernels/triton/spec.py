@@ -2,7 +2,7 @@
 
 Every size and offset comes from PageLayout and every table from maths/. A table index of a kernel is one of the T_
 numbers: `tables` is one fp32 tensor of 256 entries each for the decoded 8-bit logarithms, the signs, the levels and
-the edges between them, and the trial scales.
+the edges between them (of live codes up to 4 bit in cells), and the levels of the search for a scale, 256 a trial.
 """
 
 from collections import namedtuple
@@ -15,13 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from turboquant.maths.codebook import lloyd_max
-from turboquant.maths.codec import TRIALS, codebook, int8_levels, log_decode, token_scale
+from turboquant.maths.codec import TRIALS, code_edges, codebook, int8_levels, log_decode, search_levels, token_scale
 from turboquant.maths.rotation import hadamard, hadamard_block, signs
 from turboquant.packed.bits import packed_bytes
 from turboquant.packed.buffers import READER_STRIDE
 from turboquant.packed.page import PageLayout
 
-TABLES = ("s", "a", "signs", "key_levels", "key_edges", "value_levels", "value_edges", "trials")
+TABLES = ("s", "a", "signs", "key_levels", "key_edges", "value_levels", "value_edges", "key_search", "value_search")
 OFFSETS = (
     "key_mean_code", "key_log_s", "key_log_scale", "key_hot_mean", "key_hot_step", "key_base", "key_mean_step",
     "value_base", "key_hot_index", "key_hot_codes", "key_codes", "value_log_scale", "value_codes", "key_scale",
@@ -56,7 +56,7 @@ def spec(layout: PageLayout) -> Any:
         VROW=packed_bytes(d, kv.value_bits), KUNIT=int8_levels(kv.key_bits)[1] if live else 1.0,
         VUNIT=int8_levels(kv.value_bits)[1] if live else 1.0, HOT=layout.hot, HOTP=max(16, _power(layout.hot)),
         GAPS=len(_gaps(layout)), BYTES=layout.page_bytes, DECAY=1 - kv.decay, BLEND=kv.blend, TRIALS=len(TRIALS),
-        **{f"T_{t}": 256 * i for i, t in enumerate(TABLES)},
+        **{f"T_{t}": 256 * (i if t != "value_search" else i - 1 + len(TRIALS)) for i, t in enumerate(TABLES)},
         **{f"O_{o}": f[o].offset if o in f else 0 for o in OFFSETS},
     )  # fmt: skip
     return Spec(**numbers)
@@ -79,14 +79,22 @@ def tables(layout: PageLayout, device: torch.device) -> tuple[Tensor, Tensor, Te
     """fp32 tables, the (W, W) int8 Hadamard matrix of one half (0, 1 and -1), and the padding bytes, int32."""
     kv, d, codes = layout.kv, layout.head_dim, torch.arange(256, dtype=torch.uint8)
     parts = {"s": log_decode(codes), "a": token_scale(codes, torch.ones((), dtype=torch.float16))}
-    parts |= {"signs": signs(d), "trials": torch.tensor(TRIALS)}
+    parts["signs"] = signs(d)
     for name, bits in (("key", kv.key_bits), ("value", kv.value_bits)):
         levels = lloyd_max(bits, None) if kv.codec == "plain" else codebook(bits)
         parts[f"{name}_levels"], parts[f"{name}_edges"] = levels, (levels[1:] + levels[:-1]) / 2
-    out = torch.zeros(len(TABLES), 256)
-    for i, name in enumerate(TABLES):
-        out[i, : len(parts[name])] = parts[name].float()
+        small = kv.codec == "live" and bits < 8
+        if small:
+            parts[f"{name}_edges"] = torch.tensor(code_edges(bits))
+        search = torch.zeros(len(TRIALS), 256)
+        if small:
+            search[:, : len(search_levels(bits)[0])] = torch.tensor(search_levels(bits))
+        parts[f"{name}_search"] = search.flatten()
     s = spec(layout)
+    out = torch.zeros(256 * (len(TABLES) - 2 + 2 * len(TRIALS)))
+    for name in TABLES:
+        at = getattr(s, f"T_{name}")
+        out[at : at + len(parts[name])] = parts[name].float()
     block, matrix = min(hadamard_block(d), s.W), torch.zeros(s.W, s.W)
     inside = min(d, s.W)
     matrix[:inside, :inside] = hadamard(torch.eye(inside), block) * block**0.5

@@ -84,56 +84,57 @@ TQ_INLINE void floored_root(const float* x, int d, float* out) {
   for (int c = 0; c < d; c++) out[c] = std::sqrt((x[c] > 0 ? x[c] : 0.0f) + floor);
 }
 
-// index of the nearest level: edges below the value; NaN goes last
-TQ_INLINE void nearest16(V16 y, const float* edges, int count, int bits, uint8_t* out) {
+// codes of 16 numbers: edges below the value; with REACHED also an edge that the value equals; NaN goes last
+template <bool REACHED>
+TQ_INLINE void count_edges(V16 y, const float* edges, int count, int bits, uint8_t* out) {
   float v[16];
   store(v, y);
+  const auto above = [](float x, float edge) { return REACHED ? x >= edge : !(x <= edge); };
   if (bits == 8) {
     for (int i = 0; i < 16; i++) {
       const float g = v[i] * 127.0f + 127.0f;
       int at = g > 0 ? (g < float(count) ? int(g) : count) : 0;
-      while (at > 0 && v[i] <= edges[at - 1]) at--;
-      while (at < count && !(v[i] <= edges[at])) at++;
+      while (at > 0 && !above(v[i], edges[at - 1])) at--;
+      while (at < count && above(v[i], edges[at])) at++;
       out[i] = uint8_t(at);
     }
     return;
   }
+#if defined(TQ_AVX512)  // halving over the sorted edges, which fit a register
+  const __m512 all = _mm512_maskz_loadu_ps(__mmask16((1 << count) - 1), edges);
+  __m512i at = _mm512_setzero_si512();
+  for (int half = (count + 1) / 2; half > 0; half /= 2) {
+    const __m512 edge = _mm512_permutexvar_ps(_mm512_add_epi32(at, _mm512_set1_epi32(half - 1)), all);
+    const __mmask16 more = _mm512_cmp_ps_mask(y.a, edge, REACHED ? _CMP_GE_OQ : _CMP_NLE_UQ);
+    at = _mm512_mask_add_epi32(at, more, at, _mm512_set1_epi32(half));
+  }
+  _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(at));
+#else
   int32_t code[16] = {};
   for (int e = 0; e < count; e++) {
     const float edge = edges[e];
-    for (int i = 0; i < 16; i++) code[i] += !(v[i] <= edge);
+    for (int i = 0; i < 16; i++) code[i] += above(v[i], edge);
   }
   for (int i = 0; i < 16; i++) out[i] = uint8_t(code[i]);
+#endif
 }
 
 struct Levels {
   const float *level, *edge;
-  int count, bits;
+  int count, bits, cells;  // cells: in which edges are counted, 0 for the nearest of `level`
+  float unit;
+  const int8_t* search;  // (SEARCH_CELLS, TRIALS)
 };
 
-// levels nearest to y (16 values), and their codes
-TQ_INLINE V16 level_near(V16 y, const Levels& lv, uint8_t* codes) {
-#if defined(TQ_AVX512)
-  if (lv.bits < 8) {  // halving over the sorted edges, which fit a register
-    const __m512 edges = _mm512_maskz_loadu_ps(__mmask16((1 << (lv.count - 1)) - 1), lv.edge);
-    const __m512 levels = _mm512_maskz_loadu_ps(__mmask16((1 << lv.count) - 1), lv.level);
-    __m512i i = _mm512_setzero_si512();
-    for (int half = lv.count / 2; half > 0; half /= 2) {
-      const __m512 edge = _mm512_permutexvar_ps(_mm512_add_epi32(i, _mm512_set1_epi32(half - 1)), edges);
-      i = _mm512_mask_add_epi32(i, _mm512_cmp_ps_mask(y.a, edge, _CMP_NLE_UQ), i, _mm512_set1_epi32(half));
-    }
-    _mm_storeu_si128((__m128i*)codes, _mm512_cvtepi32_epi8(i));
-    return {_mm512_permutexvar_ps(i, levels)};
-  }
-#endif
-  nearest16(y, lv.edge, lv.count - 1, lv.bits, codes);
-  return lookup(lv.level, codes);
-}
-
-// codes of y / scale
 TQ_INLINE void codes_of(const float* y, int d, float scale, const Levels& lv, uint8_t* codes) {
-  const V16 s = set1(scale);
-  for (int c = 0; c < d; c += 16) level_near(scale > 0 ? div(load(y + c), s) : zero(), lv, codes + c);
+  const V16 s = set1(lv.cells ? ratio(float(lv.cells), scale) : scale);
+  for (int c = 0; c < d; c += 16) {
+    if (lv.cells) {
+      count_edges<true>(mul(load(y + c), s), lv.edge, lv.count - 1, lv.bits, codes + c);
+    } else {
+      count_edges<false>(scale > 0 ? div(load(y + c), s) : zero(), lv.edge, lv.count - 1, lv.bits, codes + c);
+    }
+  }
 }
 
 struct Fit {
@@ -146,7 +147,9 @@ TQ_INLINE Fit fit_of(const float* y, int d, float scale, const Levels& lv) {
   V16 dot = zero(), square = zero();
   uint8_t codes[16];
   for (int c = 0; c < d; c += 16) {
-    const V16 v = load(y + c), x = level_near(scale > 0 ? div(v, s) : zero(), lv, codes);
+    const V16 v = load(y + c);
+    count_edges<false>(scale > 0 ? div(v, s) : zero(), lv.edge, lv.count - 1, lv.bits, codes);
+    const V16 x = lookup(lv.level, codes);
     dot = add(dot, mul(v, x)), square = add(square, mul(x, x));
   }
   return {sum16(dot), sum16(square)};
@@ -172,14 +175,25 @@ TQ_INLINE float row_scale(const Spec& s, const float* y, const Levels& lv) {
     const Fit f = fit_of(y, s.d, amax(y, s.d), lv);
     return f.dot / (f.square > 1e-30f ? f.square : 1e-30f);
   }
-  const float norm = root_mean_square(y, s.d);
-  float best = 0, overlap = 0;
-  for (int i = 0; i < s.trials; i++) {
-    const Fit f = fit_of(y, s.d, norm * s.trial[i], lv);
-    const float quality = f.dot * f.dot / f.square;
-    if (i == 0 || quality > best * s.tie) best = quality, overlap = f.dot;
+  const float square = sum_of_squares(y, s.d), norm = std::sqrt(square / float(s.d));
+  const V16 per_unit = set1(ratio(float(s.search_units), norm)), most = set1(32767);
+  int32_t dot[TRIALS] = {}, size[TRIALS] = {};
+  for (int c = 0; c < s.d; c += 16) {
+    const V16 x = mul(load(y + c), per_unit);
+    float units[16];
+    store(units, min(rint(max(x, sub(zero(), x))), most));
+    for (int i = 0; i < 16; i++) {
+      const int32_t n = int32_t(units[i]), cell = n / s.search_cell;
+      const int8_t* level = lv.search + (cell < SEARCH_CELLS ? cell : SEARCH_CELLS - 1) * TRIALS;
+      for (int t = 0; t < TRIALS; t++) dot[t] += n * level[t], size[t] += level[t] * level[t];
+    }
   }
-  return ratio(sum_of_squares(y, s.d), overlap);
+  float best = 0, overlap = 0;
+  for (int t = 0; t < TRIALS; t++) {
+    const float fit = float(dot[t]) * float(dot[t]) / float(size[t]);
+    if (fit > best) best = fit, overlap = float(dot[t]);
+  }
+  return ratio(square, overlap * lv.unit * (norm / float(s.search_units)));
 }
 
 TQ_INLINE void pack_row(const uint8_t* codes, int d, int bits, uint8_t* out) {
@@ -299,8 +313,10 @@ TQ_INLINE void live_keys(const Spec& s, const PageInput& in, float* y) {
 }
 
 static void encode(const Spec& s, const PageInput& in, float* y) {
-  const Levels key{s.key_levels, s.key_edges, s.key_count, s.key_bits};
-  const Levels value{s.value_levels, s.value_edges, s.value_count, s.value_bits};
+  const auto cells = [&](int bits) { return s.plain || bits == 8 ? 0 : s.code_cells; };
+  const Levels key{s.key_levels, s.key_edges, s.key_count, s.key_bits, cells(s.key_bits), s.key_unit, s.key_search};
+  const Levels value{s.value_levels, s.value_edges, s.value_count, s.value_bits, cells(s.value_bits), s.value_unit,
+                     s.value_search};
   std::memset(in.out, 0, s.page_bytes);
   if (s.plain) {
     encode_plain(s, in.k, key, s.key_row, in.out + s.key_scale, in.out + s.key_codes, y);

@@ -30,7 +30,8 @@ T need(const std::map<std::string, T>& from, const char* name) {
   return it->second;
 }
 
-void fill(float* to, size_t room, const std::vector<float>& from) {
+template <class T>
+void fill(T* to, size_t room, const std::vector<float>& from) {
   if (from.size() > room) throw std::invalid_argument("a table of the spec is too long");
   std::copy(from.begin(), from.end(), to);
 }
@@ -45,7 +46,8 @@ Spec make_spec(const Numbers& n, const Offsets& at, const Tables& tables) {
   s.norm = float(need(n, "norm")), s.s_steps = float(need(n, "s_steps")), s.row_steps = float(need(n, "row_steps"));
   s.decay_old = float(need(n, "decay_old")), s.decay_new = float(need(n, "decay_new"));
   s.blend_old = float(need(n, "blend_old")), s.blend_new = float(need(n, "blend_new"));
-  s.tie = float(need(n, "tie")), s.key_unit = float(need(n, "key_unit")), s.value_unit = float(need(n, "value_unit"));
+  s.code_cells = whole("code_cells"), s.search_units = whole("search_units"), s.search_cell = whole("search_cell");
+  s.key_unit = float(need(n, "key_unit")), s.value_unit = float(need(n, "value_unit"));
   if (s.d < 16 || s.d > MAX_D || s.d % 16 || s.page < 16 || s.page > MAX_PAGE || s.page % 16 || s.hot > MAX_HOT ||
       s.block < 16 || s.d % s.block) {
     throw std::invalid_argument("a size of the spec is out of range");
@@ -68,8 +70,9 @@ Spec make_spec(const Numbers& n, const Offsets& at, const Tables& tables) {
   fill(s.s_table, 256, need(tables, "s_table")), fill(s.a_table, 256, need(tables, "a_table"));
   fill(s.key_levels, 256, need(tables, "key_levels")), fill(s.value_levels, 256, need(tables, "value_levels"));
   fill(s.key_edges, 256, need(tables, "key_edges")), fill(s.value_edges, 256, need(tables, "value_edges"));
-  fill(s.trial, 16, need(tables, "trials"));
-  s.trials = int(need(tables, "trials").size());
+  if (need(tables, "key_search").size() != SEARCH_CELLS * TRIALS) throw std::invalid_argument("key_search has another size");
+  fill(s.key_search, SEARCH_CELLS * TRIALS, need(tables, "key_search"));
+  fill(s.value_search, SEARCH_CELLS * TRIALS, need(tables, "value_search"));
   s.key_count = int(need(tables, "key_levels").size()), s.value_count = int(need(tables, "value_levels").size());
   return s;
 }

@@ -11,6 +11,7 @@ constexpr int LD = MAX_D + 16;    // floats between rows of per-row scratch: no 
 constexpr int ROWS = 64;          // query rows of a task
 constexpr int TILE = 32;          // tokens decoded at a time: a tile of 32 x 128 fp32 lies in the L1 cache
 constexpr int EXACT = 64;         // tokens of a block of the 16-bit part
+constexpr int TRIALS = 8, SEARCH_CELLS = 192;  // of the search for a row's scale, maths/codec.py
 constexpr int SEGMENT = 1024;     // tokens whose partial result is one unit of work, at fixed positions
 
 enum DType : int { F32 = 0, BF16 = 1, F16 = 2 };
@@ -23,9 +24,9 @@ struct Spec {
   int key_row, value_row;  // bytes of a token's codes
   float norm;              // block^-1/2
   float s_steps, row_steps;  // steps per octave of key_log_s and of the log scales
-  int trials;
-  float tie;               // factor by which a later trial must fit better
-  float trial[16];         // trial scales of a row, in units of its RMS
+  int code_cells;  // of a scale: what key_edges and value_edges of live codes of up to 4 bit are in
+  int search_units, search_cell;  // a row's RMS, and a cell of |y|, in units of the search for a scale
+  int8_t key_search[SEARCH_CELLS * TRIALS], value_search[SEARCH_CELLS * TRIALS];  // levels of a cell at each trial
   float decay_old, decay_new, blend_old, blend_new;
   float signs[MAX_D];
   float s_table[256], a_table[256];  // log_decode of key_log_s; 2^(-code/row_steps) of log scales, 0 at 255

@@ -4,13 +4,15 @@
 #include "rows.cuh"
 
 constexpr int STRIDE = 8, STATES = 2;  // of the reader samples; states kept of the tracker
+constexpr int PITCH = D + 8;           // of rows in shared memory: four rows lie in different banks
 
 struct Call {  // mirrored by `_Call` in append.py
   u8* pages;
   const int* table;
   i64 *length, *nonfinite, *starts;
   u16 *ring_k, *ring_v, *sink_k, *sink_v, *readers;
-  float *tracker, *states;  // states: (batch, heads, pages of the chunk, 3, D) before each page
+  float *tracker, *states;  // states: (batch, heads, pages of the chunk, 3, D), what each page is encoded with
+  u64* masks;               // (batch, heads, pages of the chunk, 2): tokens that count in no statistic; not finite
   const u16 *q, *k, *v;
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
   int pool, width, batch, heads, group, tokens, slots, sinks, samples, several;  // pages of the chunk, 0 if at most one
@@ -21,14 +23,13 @@ DEVICE float finite(float x) { return x != x ? 0.f : fminf(fmaxf(x, -FP16_MAX), 
 DEVICE float max_of(const float* x, int lane) {  // of D numbers, by each warp
   float top = x[lane];
   for (int i = lane + 32; i < D; i += 32) top = fmaxf(top, x[i]);
-  if (D < 32 && lane >= D) top = x[0];
   for (int n = 16; n; n >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, n));
   return top;
 }
 DEVICE float sum_of(const float* x, int lane) {  // of D numbers, in the order of lane_sum
   float sum = x[lane & 15];
-  for (int e = 1; e < E; e++) sum += x[(lane & 15) + 16 * e];
-  return sum16(sum);
+  for (int i = 16; i < D; i += 16) sum += x[(lane & 15) + i];
+  return sum8(sum + __shfl_xor_sync(~0u, sum, 8));
 }
 DEVICE u16 fp16(float x) { return to_half(fminf(fmaxf(x, -FP16_MAX), FP16_MAX)); }
 struct Page {
@@ -39,26 +40,59 @@ DEVICE bool page_of(const Call& c, Page& p, int b) {
   p.b = b, p.h = blockIdx.y, p.start = c.length[b], p.index = p.start / P + blockIdx.x;
   return (p.index + 1) * P <= p.start + c.tokens;
 }
-DEVICE const u16* token_row(const Call& c, const Page& p, int t, bool values) {
-  const i64 pos = p.index * P + t;
-  if (pos >= p.start) {
-    const i64 n = pos - p.start;
-    return values ? c.v + p.b * c.v_b + p.h * c.v_h + n * c.v_n : c.k + p.b * c.k_b + p.h * c.k_h + n * c.k_n;
+DEVICE i64 place(const Call& c, const Page& p) { return (i64(p.b) * c.heads + p.h) * c.several + blockIdx.x; }
+struct Source {  // rows of keys or values of a page: from the chunk, those before it from the ring
+  const u16 *chunk, *ring;
+  i64 stride;
+  int first, slot, slots;  // tokens of the ring; the first one's slot
+  DEVICE Source(const Call& c, const Page& p, bool values) {
+    const i64 begin = p.index * P;
+    stride = values ? c.v_n : c.k_n, slots = c.slots;
+    first = int(p.start > begin ? p.start - begin : 0), slot = first ? int(begin % slots) : 0;
+    chunk = values ? c.v + p.b * c.v_b + p.h * c.v_h : c.k + p.b * c.k_b + p.h * c.k_h;
+    chunk += (begin - p.start) * stride;
+    ring = (values ? c.ring_v : c.ring_k) + (i64(p.b) * c.heads + p.h) * slots * D;
   }
-  return (values ? c.ring_v : c.ring_k) + ((i64(p.b) * c.heads + p.h) * c.slots + int(pos) % c.slots) * D;
+  DEVICE const u16* row(int t) const {
+    if (t >= first) return chunk + t * stride;
+    const int at = slot + t;
+    return ring + (at < slots ? at : at - slots) * D;
+  }
+};
+// rows of keys or values to shared memory
+DEVICE void load_rows(const Call& c, const Page& p, bool values, u16 (*rows)[PITCH]) {
+  const Source source(c, p, values);
+#pragma unroll
+  for (int i = threadIdx.x; i < P * (D / 8); i += THREADS) {
+    const int t = i / (D / 8), at = i % (D / 8) * 8;
+    *(uint4*)(rows[t] + at) = *(const uint4*)(source.row(t) + at);
+  }
 }
-// rows of keys or values to shared memory, and which tokens count
-DEVICE void load_page(const Call& c, const Page& p, bool values, u16 (*rows)[D], int* odd) {
-  for (int t = threadIdx.x; t < P; t += THREADS) odd[t] = p.index * P + t < c.sinks;
+struct Marks {
+  u32 odd[2], bad[2];  // a bit a token: counts in no statistic; is not finite
+  DEVICE u64 all() const { return odd[0] | u64(odd[1]) << 32; }
+};
+// the same of one part, and which tokens count, for which both parts are looked at; begins and ends with a barrier
+DEVICE void load_page(const Call& c, const Page& p, bool values, u16 (*rows)[PITCH], Marks& m) {
+  if (threadIdx.x < 2) {
+    const i64 left = c.sinks - p.index * P - 32 * int(threadIdx.x);
+    m.odd[threadIdx.x] = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0, m.bad[threadIdx.x] = 0;
+  }
   __syncthreads();
-  for (int i = threadIdx.x; i < 2 * P * (D / 8); i += THREADS) {
-    const bool which = i >= P * (D / 8);
-    const int t = i / (D / 8) % P, at = i % (D / 8) * 8;
-    const uint4 x = *(const uint4*)(token_row(c, p, t, which) + at);
-    if (which == values) *(uint4*)(rows[t] + at) = x;
-    bool fine = true;
-    for (u32 w : {x.x, x.y, x.z, x.w}) fine &= fabsf(wide_low(w)) <= FP16_MAX && fabsf(wide_high(w)) <= FP16_MAX;
-    if (!fine) odd[t] = 1;
+  for (int part = 0; part < 2; part++) {
+    const Source source(c, p, part);
+    for (int i = threadIdx.x; i < P * (D / 8); i += THREADS) {
+      const int t = i / (D / 8), at = i % (D / 8) * 8;
+      const uint4 x = *(const uint4*)(source.row(t) + at);
+      if (part == values) *(uint4*)(rows[t] + at) = x;
+      bool fine = true, good = true;
+      for (u32 w : {x.x, x.y, x.z, x.w}) {
+        const float a = fabsf(wide_low(w)), b = fabsf(wide_high(w));
+        fine &= a <= FP16_MAX && b <= FP16_MAX, good &= a < -NEG && b < -NEG;
+      }
+      if (!fine) atomicOr(&m.odd[t / 32], 1u << (t & 31));
+      if (!good) atomicOr(&m.bad[t / 32], 1u << (t & 31));
+    }
   }
   __syncthreads();
 }
@@ -75,36 +109,40 @@ DEVICE u16 sample(const Call& c, int b, int h, i64 n, int ch) {
 struct Own {
   float mean, var, power;
 };
-// a channel's statistics over the page
-DEVICE Own own_stats(const Call& c, const Page& p, const u16 (*rows)[D], const int* odd, int ch) {
-  float acc[16];
-  int count = 0;
-  for (int t = 0; t < P; t++) count += !odd[t];
-  const float n = float(max(count, 1));
-  auto add = [&](auto value) {
+// a channel's statistics over the page, by four threads, of which each takes every fourth token
+DEVICE Own own_stats(const Call& c, const Page& p, const u16 (*rows)[PITCH], u64 odd, int ch) {
+  const int g = threadIdx.x & 3;
+  const float n = float(max(P - __popcll(odd), 1));
+  float x[P / 4];
 #pragma unroll
-    for (int t = 0; t < 16; t++) acc[t] = odd[t] ? 0.f : value(t);
-    for (int from = 16; from < P; from += 16)
+  for (int i = 0; i < P / 4; i++) x[i] = odd >> (4 * i + g) & 1 ? 0.f : wide(rows[4 * i + g][ch]);
+  auto mean = [&](auto term) {  // tokens g, g + 4, g + 8, g + 12 of every sixteen, then by halves
+    float acc[4];
 #pragma unroll
-      for (int t = 0; t < 16; t++) acc[t] += odd[from + t] ? 0.f : value(from + t);
-#pragma unroll
-    for (int half = 8; half; half >>= 1)
-#pragma unroll
-      for (int t = 0; t < half; t++) acc[t] += acc[t + half];
-    return acc[0] / n;
+    for (int i = 0; i < P / 4; i++) acc[i % 4] = i < 4 ? term(i) : acc[i % 4] + term(i);
+    acc[0] += acc[2], acc[1] += acc[3], acc[0] += acc[1];
+    acc[0] += __shfl_xor_sync(~0u, acc[0], 2);
+    return (acc[0] + __shfl_xor_sync(~0u, acc[0], 1)) / n;
   };
   Own own;
-  own.mean = add([&](int t) { return finite(wide(rows[t][ch])); });
-  own.var = add([&](int t) {
-    const float x = finite(wide(rows[t][ch])) - own.mean;
-    return x * x;
+  own.mean = mean([&](int i) { return x[i]; });
+  own.var = mean([&](int i) {
+    const float y = odd >> (4 * i + g) & 1 ? 0.f : x[i] - own.mean;
+    return y * y;
   });
-  own.power = 0;
-  for (int i = 0; i < P / STRIDE; i++) {
-    const i64 pos = p.index * P + i * STRIDE + STRIDE - 1, j = pos / STRIDE;
+  float square[P / STRIDE / 4];  // of the samples g, g + 4
+#pragma unroll
+  for (int i = 0; i < P / STRIDE / 4; i++) {
+    const i64 pos = p.index * P + (4 * i + g) * STRIDE + STRIDE - 1, j = pos / STRIDE;
     const i64 at = ((i64(p.b) * c.heads + p.h) * c.samples + j % c.samples) * D + ch;
     const float r = wide(pos < p.start ? c.readers[at] : sample(c, p.b, p.h, pos - p.start, ch));
-    own.power = i ? own.power + r * r : r * r;
+    square[i] = r * r;
+  }
+  own.power = 0;
+#pragma unroll
+  for (int i = 0; i < P / STRIDE; i++) {
+    const float r = __shfl_sync(~0u, square[i / 4], (threadIdx.x & 28) + i % 4);
+    own.power = i ? own.power + r : r;
   }
   own.power /= float(P / STRIDE);
   return own;
@@ -115,151 +153,195 @@ DEVICE float* state_at(const Call& c, int b, int h, i64 page) {
 DEVICE float blended(float old, float a, float add, float b) { return a * old + b * add; }
 
 struct Memory {
-  u16 rows[P][D];
-  alignas(16) u8 image[VALUE_PART > PAGE_BYTES - VALUE_PART ? VALUE_PART : PAGE_BYTES - VALUE_PART];
-  float mean[D], key[D], query[D], s[D], rest[D], work[D], scale[P], edges[8], levels[16];
-  int odd[P], hot[HOT ? HOT : 1];
+  u16 rows[P][PITCH];
+  Lookup look;
+  float mean[D], key[D], query[D], s[D], rest[D], work[D], scale[P];
+  int hot[HOT ? HOT : 1];
+  u32 is_hot[D / 32 + 1];
+  Marks marks;
 };
-DEVICE void tables(Memory& m, const float* edges, const float* levels) {
-  if (threadIdx.x < 8) m.edges[threadIdx.x] = edges[threadIdx.x];
-  if (threadIdx.x < 16) m.levels[threadIdx.x] = levels[threadIdx.x];
-  for (int i = threadIdx.x; i < int(sizeof(m.image)) / 4; i += THREADS) ((u32*)m.image)[i] = 0;
+DEVICE void tables(Memory& m, const u64* search, const u64* codes) {
+  for (int i = threadIdx.x; i < SEARCH_CELLS; i += THREADS) ((u64*)m.look.search)[i] = search[i];
+  for (int i = threadIdx.x; i < CODE_REACH / 4; i += THREADS) ((u64*)m.look.codes)[i] = codes[i];
 }
-DEVICE void copy_out(u8* to, const u8* image, int bytes, int skip) {
-  for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16) {
-    if (i <= skip && skip < i + 16) {  // two bytes there belong to the other block
-      for (int n = 0; n < 16; n += 2)
-        if (i + n != skip) *(u16*)(to + i + n) = *(const u16*)(image + i + n);
-    } else {
-      *(uint4*)(to + i) = *(const uint4*)(image + i);
-    }
+// row of pass i, as it came
+DEVICE void take_row(const Memory& m, int i, u64 odd, float (&y)[E]) {
+  const u16* row = m.rows[i * (THREADS / 8) + threadIdx.x / 8] + (threadIdx.x & 7);
+#pragma unroll
+  for (int j = 0; j < E; j++) y[j] = wide(row[8 * j]);
+  if (odd) {
+#pragma unroll
+    for (int j = 0; j < E; j++) y[j] = finite(y[j]);
   }
 }
-
-extern "C" __global__ void __launch_bounds__(THREADS) encode(const __grid_constant__ Call c) {
-  extern __shared__ __align__(128) u8 memory[];
-  Memory& m = *(Memory*)memory;
-  const int tid = threadIdx.x, l = tid & 15, lane = tid & 31;
-  const bool values = blockIdx.z & 1;
-  if (tid == 0 && blockIdx.x == 0 && blockIdx.y == 0 && !values) c.starts[blockIdx.z / 2] = c.length[blockIdx.z / 2];
-  Page p;
-  if (!page_of(c, p, blockIdx.z / 2)) return;
-  const int id = p.index < c.width ? c.table[i64(p.b) * c.width + p.index] : -1;
-  const bool kept = id >= 0 && id < c.pool;  // a page out of the window has no place
-  if (values && !kept) return;
-  u8* page = c.pages + (i64(max(id, 0)) * c.heads + p.h) * PAGE_BYTES;
-  tables(m, values ? VALUE_EDGES : KEY_EDGES, values ? VALUE_LEVELS : KEY_LEVELS);
-  load_page(c, p, values, m.rows, m.odd);
-  float y[PASSES][E];
-  if (values) {
-#pragma unroll
-    for (int i = 0; i < PASSES; i++) {
-#pragma unroll
-      for (int e = 0; e < E; e++) y[i][e] = finite(wide(m.rows[i * 16 + tid / 16][e * 16 + l])) * sign_of(e * 16 + l);
-      rotate(y[i]);
-    }
-    const u16 base = encode_rows<VALUE_BITS>(y, m.odd, m.scale, m.image + AT_VALUE_SCALE - VALUE_PART,
-                                             m.image + AT_VALUE_CODES - VALUE_PART, m.edges, m.levels);
-    __syncthreads();
-    copy_out(page + VALUE_PART, m.image, PAGE_BYTES - VALUE_PART, -1);
-    if (tid == 0) *(u16*)(page + AT_VALUE_BASE) = base;
+// mean, variance and power that the page is encoded with to m.mean, m.key, m.query
+DEVICE void take_stats(const Call& c, const Page& p, Memory& m, u64 odd) {
+  if (c.several) {
+    const float* from = c.states + place(c, p) * 3 * D;
+    for (int ch = threadIdx.x; ch < D; ch += THREADS)
+      m.mean[ch] = from[ch], m.key[ch] = from[D + ch], m.query[ch] = from[2 * D + ch];
     return;
   }
-  for (int ch = tid; ch < D; ch += THREADS) {
-    Own own = own_stats(c, p, m.rows, m.odd, ch);
+  const float* before = state_at(c, p.b, p.h, p.index + 1);  // the slot of page index - 1
+  float* after = state_at(c, p.b, p.h, p.index);
+  for (int ch = threadIdx.x / 4; ch < D; ch += THREADS / 4) {
+    const Own own = own_stats(c, p, m.rows, odd, ch);
+    if (threadIdx.x & 3) continue;
     m.mean[ch] = own.mean;
-    const float* before = c.several ? c.states + ((i64(p.b) * c.heads + p.h) * gridDim.x + blockIdx.x) * 3 * D
-                                    : state_at(c, p.b, p.h, p.index + 1);  // the slot of page index - 1
-    float old[3] = {0, 0, 0};
-    if (p.index)
-      for (int i = 0; i < 3; i++) old[i] = before[i * D + ch];
-    m.key[ch] = p.index ? blended(old[1], BLEND_OLD, own.var, BLEND_NEW) : own.var;
-    m.query[ch] = p.index ? blended(old[2], BLEND_OLD, own.power, BLEND_NEW) : own.power;
-    if (!c.several) {
-      float* after = state_at(c, p.b, p.h, p.index);
-      after[ch] = p.index ? blended(old[0], DECAY_OLD, own.mean, DECAY_NEW) : own.mean;
-      after[D + ch] = p.index ? blended(old[1], DECAY_OLD, own.var, DECAY_NEW) : own.var;
-      after[2 * D + ch] = p.index ? blended(old[2], DECAY_OLD, own.power, DECAY_NEW) : own.power;
-    }
+    m.key[ch] = p.index ? blended(before[D + ch], BLEND_OLD, own.var, BLEND_NEW) : own.var;
+    m.query[ch] = p.index ? blended(before[2 * D + ch], BLEND_OLD, own.power, BLEND_NEW) : own.power;
+    after[ch] = p.index ? blended(before[ch], DECAY_OLD, own.mean, DECAY_NEW) : own.mean;
+    after[D + ch] = p.index ? blended(before[D + ch], DECAY_OLD, own.var, DECAY_NEW) : own.var;
+    after[2 * D + ch] = p.index ? blended(before[2 * D + ch], DECAY_OLD, own.power, DECAY_NEW) : own.power;
   }
-  if (!kept) return;
+}
+// from the statistics to s, hot channels and the stored means: the header of the keys; begins with a barrier
+DEVICE u16 take_header(Memory& m, u8* page) {
+  const int tid = threadIdx.x, lane = tid & 31;
   __syncthreads();
   const float floor_k = 1e-8f * max_of(m.key, lane) + 1e-20f, floor_q = 1e-8f * max_of(m.query, lane) + 1e-20f;
-  __syncthreads();
   for (int ch = tid; ch < D; ch += THREADS) {
     const float k = __fsqrt_rn(fmaxf(m.key[ch], 0.f) + floor_k), q = __fsqrt_rn(fmaxf(m.query[ch], 0.f) + floor_q);
     m.s[ch] = __fsqrt_rn(k / q), m.work[ch] = m.s[ch] * m.s[ch], m.rest[ch] = k * q;
   }
   __syncthreads();
   const float unit = __fsqrt_rn(sum_of(m.work, lane) / float(D));
+  int rank[(4 * D + THREADS - 1) / THREADS];  // by four threads a channel
+#pragma unroll
+  for (int i = 0; i < int(sizeof(rank) / 4); i++) {
+    const int ch = tid / 4 + i * (THREADS / 4);
+    rank[i] = 0;
+    if (ch < D) {
+      const float own = m.rest[ch];
+      for (int at = tid & 3; at < D; at += 4) rank[i] += m.rest[at] > own || (m.rest[at] == own && at < ch);
+    }
+    rank[i] += __shfl_xor_sync(~0u, rank[i], 1), rank[i] += __shfl_xor_sync(~0u, rank[i], 2);
+  }
   __syncthreads();
-  for (int ch = tid; ch < D; ch += THREADS) {
+#pragma unroll
+  for (int i = 0; i < int(sizeof(rank) / 4); i++) {
+    const int ch = tid / 4 + i * (THREADS / 4);
+    if (tid & 3 || ch >= D) continue;
     const int log = int(fminf(fmaxf(rintf(log2f(m.s[ch] / unit) * S_STEPS) + 128.f, 0.f), 255.f));
-    m.image[AT_LOG_S + ch] = u8(log), m.s[ch] = S_TABLE[log];
-    int rank = 0;
-    for (int i = 0; i < D; i++) rank += m.rest[i] > m.rest[ch] || (m.rest[i] == m.rest[ch] && i < ch);
-    m.query[ch] = rank < HOT ? 1.f : 0.f;  // from here on: whether the channel is hot
-    m.work[ch] = rank < HOT ? 0.f : fabsf(m.mean[ch] / m.s[ch]);
+    page[AT_LOG_S + ch] = u8(log), m.s[ch] = S_TABLE[log];
+    m.query[ch] = rank[i] < HOT ? 1.f : 0.f;  // from here on: whether the channel is hot
+    m.work[ch] = rank[i] < HOT ? 0.f : fabsf(m.mean[ch] / m.s[ch]);
   }
   __syncthreads();
   const u16 step_half = fp16_up(max_of(m.work, lane) / 127.f);
   const float step = half_(step_half);
-  for (int ch = tid; ch < D; ch += THREADS) {
-    const bool hot = m.query[ch] > 0;
+  for (int from = 0; from < D; from += THREADS) {
+    const int ch = from + tid;
+    const bool hot = ch < D && m.query[ch] > 0;
+    const u32 mask = __ballot_sync(~0u, hot);
+    if (lane == 0 && ch < D) m.is_hot[ch / 32] = mask;
+    if (ch >= D) continue;
     const float code = hot ? 0.f : fminf(fmaxf(rintf(divided(m.mean[ch] / m.s[ch], step)), -127.f), 127.f);
-    m.image[AT_MEAN + ch] = u8(int(code)), m.rest[ch] = code * step;
-    if (hot) {
-      int at = 0;
-      for (int i = 0; i < ch; i++) at += m.query[i] > 0;
-      m.hot[at] = ch, m.image[AT_HOT_INDEX + at] = u8(ch);
-    }
+    page[AT_MEAN + ch] = u8(int(code)), m.rest[ch] = code * step;
   }
   __syncthreads();
-  for (int h = tid / 32; h < HOT; h += THREADS / 32) {
+  for (int ch = tid; ch < D; ch += THREADS) {
+    if (m.query[ch] <= 0) continue;
+    int at = __popc(m.is_hot[ch / 32] & ((1u << (ch & 31)) - 1));
+    for (int i = 0; i < ch / 32; i++) at += __popc(m.is_hot[i]);
+    m.hot[at] = ch, page[AT_HOT_INDEX + at] = u8(ch);
+  }
+  __syncthreads();
+  return step_half;
+}
+DEVICE void hot_channels(Memory& m, u64 odd, u8* page) {
+  const int lane = threadIdx.x & 31;
+  for (int h = threadIdx.x / 32; h < HOT; h += THREADS / 32) {
     const int ch = m.hot[h];
     const u16 mean_half = fp16(m.mean[ch]);
     const float mean = half_(mean_half), a = finite(wide(m.rows[lane][ch])) - mean;
     const float b = finite(wide(m.rows[lane + 32][ch])) - mean;
-    float top = fmaxf(m.odd[lane] ? 0.f : fabsf(a), m.odd[lane + 32] ? 0.f : fabsf(b));
+    float top = fmaxf(odd >> lane & 1 ? 0.f : fabsf(a), odd >> (lane + 32) & 1 ? 0.f : fabsf(b));
     for (int n = 16; n; n >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, n));
     const u16 hot_half = fp16_up(top / 127.f);
     const float hot_step = half_(hot_half);
     auto code = [&](float x) { return u8(int(fminf(fmaxf(rintf(divided(x, hot_step)), -127.f), 127.f))); };
-    m.image[AT_HOT_CODES + h * P + lane] = code(a), m.image[AT_HOT_CODES + h * P + lane + 32] = code(b);
-    if (lane == 0) {
-      *(u16*)(m.image + AT_HOT_MEAN + 2 * h) = mean_half, *(u16*)(m.image + AT_HOT_STEP + 2 * h) = hot_half;
+    page[AT_HOT_CODES + h * P + lane] = code(a), page[AT_HOT_CODES + h * P + lane + 32] = code(b);
+    if (lane == 0) *(u16*)(page + AT_HOT_MEAN + 2 * h) = mean_half, *(u16*)(page + AT_HOT_STEP + 2 * h) = hot_half;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) encode(const __grid_constant__ Call c) {
+  extern __shared__ __align__(128) u8 memory[];
+  Memory& m = *(Memory*)memory;
+  const int tid = threadIdx.x, l = tid & 7;
+  const bool values = blockIdx.z & 1;
+  tables(m, values ? VALUE_SEARCH : KEY_SEARCH, values ? VALUE_CODES : KEY_CODES);
+  wait_for_previous();
+  if (tid == 0 && blockIdx.x == 0 && blockIdx.y == 0 && !values) c.starts[blockIdx.z / 2] = c.length[blockIdx.z / 2];
+  Page p;
+  if (!page_of(c, p, blockIdx.z / 2)) return;
+  const int id = p.index < c.width ? c.table[i64(p.b) * c.width + p.index] : -1;
+  const bool kept = id >= 0 && id < c.pool;  // a page out of the window has no place
+  if ((values || c.several) && !kept) return;
+  u8* page = c.pages + (i64(max(id, 0)) * c.heads + p.h) * PAGE_BYTES;
+  u64 odd;
+  if (c.several) {
+    odd = c.masks[2 * place(c, p)];
+    load_rows(c, p, values, m.rows);
+    __syncthreads();
+  } else {
+    load_page(c, p, values, m.rows, m.marks);
+    odd = m.marks.all();
+  }
+  float y[PASSES][E];
+  if (values) {
+#pragma unroll
+    for (int i = 0; i < PASSES; i++) {
+      take_row(m, i, odd, y[i]);
+#pragma unroll
+      for (int j = 0; j < E; j++) y[i][j] *= sign_of(8 * j + l);
+      rotate(y[i]);
     }
+    const u16 base =
+        encode_rows<VALUE_BITS>(y, odd, m.scale, page + AT_VALUE_SCALE, page + AT_VALUE_CODES, m.look, VALUE_UNIT);
+    if (tid == 0) *(u16*)(page + AT_VALUE_BASE) = base;
+    return;
+  }
+  take_stats(c, p, m, odd);
+  if (!kept) return;
+  const u16 step_half = take_header(m, page);
+  hot_channels(m, odd, page);
+  float s[E], r[E], rest[E], sign[E];  // of this thread's channels
+#pragma unroll
+  for (int j = 0; j < E; j++) {
+    const int ch = 8 * j + l;
+    s[j] = m.s[ch], r[j] = __frcp_rn(s[j]), rest[j] = m.rest[ch], sign[j] = m.query[ch] > 0 ? 0.f : sign_of(ch);
   }
 #pragma unroll
   for (int i = 0; i < PASSES; i++) {
+    take_row(m, i, odd, y[i]);
 #pragma unroll
-    for (int e = 0; e < E; e++) {
-      const int ch = e * 16 + l;
-      const float x = finite(wide(m.rows[i * 16 + tid / 16][ch])) / m.s[ch] - m.rest[ch];
-      y[i][e] = m.query[ch] > 0 ? 0.f : x * sign_of(ch);
-    }
+    for (int j = 0; j < E; j++) y[i][j] = (divide(y[i][j], s[j], r[j]) - rest[j]) * sign[j];
     rotate(y[i]);
   }
-  const u16 base = encode_rows<KEY_BITS>(y, m.odd, m.scale, m.image + AT_KEY_SCALE, m.image + AT_KEY_CODES, m.edges, m.levels);
-  if (tid == 0) *(u16*)(m.image + AT_KEY_BASE) = base, *(u16*)(m.image + AT_MEAN_STEP) = step_half;
-  __syncthreads();
-  copy_out(page, m.image, VALUE_PART, AT_VALUE_BASE);
+  const u16 base = encode_rows<KEY_BITS>(y, odd, m.scale, page + AT_KEY_SCALE, page + AT_KEY_CODES, m.look, KEY_UNIT);
+  if (tid == 0) *(u16*)(page + AT_KEY_BASE) = base, *(u16*)(page + AT_MEAN_STEP) = step_half;
+  for (int i = tid; i < GAPS; i += THREADS) page[GAP[i]] = 0;  // bytes between the fields
 }
 
 // own statistics of every page that the chunk completes
 extern "C" __global__ void __launch_bounds__(THREADS) stats(const __grid_constant__ Call c) {
-  __shared__ u16 rows[P][D];
-  __shared__ int odd[P];
+  __shared__ __align__(16) u16 rows[P][PITCH];
+  __shared__ Marks marks;
   Page p;
   if (!page_of(c, p, blockIdx.z)) return;
-  load_page(c, p, false, rows, odd);
-  float* to = c.states + ((i64(p.b) * c.heads + p.h) * gridDim.x + blockIdx.x) * 3 * D;
-  for (int ch = threadIdx.x; ch < D; ch += THREADS) {
+  load_page(c, p, false, rows, marks);
+  const u64 odd = marks.all();
+  float* to = c.states + place(c, p) * 3 * D;
+  for (int ch = threadIdx.x / 4; ch < D; ch += THREADS / 4) {
     const Own own = own_stats(c, p, rows, odd, ch);
-    to[ch] = own.mean, to[D + ch] = own.var, to[2 * D + ch] = own.power;
+    if ((threadIdx.x & 3) == 0) to[ch] = own.mean, to[D + ch] = own.var, to[2 * D + ch] = own.power;
   }
+  if (threadIdx.x) return;
+  c.masks[2 * place(c, p)] = odd, c.masks[2 * place(c, p) + 1] = marks.bad[0] | u64(marks.bad[1]) << 32;
 }
-// own statistics become the state before each page; the tracker's states after the last two are kept
+// own statistics become what each page is encoded with; the tracker's states after the last two are kept
 extern "C" __global__ void track(const __grid_constant__ Call c) {
   const int b = blockIdx.z, h = blockIdx.y, i = blockIdx.x * blockDim.x + threadIdx.x;
   wait_for_previous();
@@ -267,22 +349,33 @@ extern "C" __global__ void track(const __grid_constant__ Call c) {
   const i64 first = c.length[b] / P, last = (c.length[b] + c.tokens) / P;
   float* at = c.states + (i64(b) * c.heads + h) * c.several * 3 * D + i;
   float state = first ? state_at(c, b, h, first - 1)[i] : 0.f;
-  for (i64 page = first; page < last; page++, at += 3 * D) {
-    const float own = *at;
-    *at = state;
-    state = page ? blended(state, DECAY_OLD, own, DECAY_NEW) : own;
-    if (page >= last - STATES) state_at(c, b, h, page)[i] = state;
+  constexpr int AHEAD = 16;  // loads under way at a time
+  for (i64 from = first; from < last; from += AHEAD, at += AHEAD * 3 * D) {
+    const int some = int(last - from < AHEAD ? last - from : AHEAD);
+    float own[AHEAD];
+#pragma unroll
+    for (int n = 0; n < AHEAD; n++) own[n] = n < some ? at[n * 3 * D] : 0.f;
+#pragma unroll
+    for (int n = 0; n < AHEAD; n++) {
+      if (n >= some) break;
+      const i64 page = from + n;
+      if (i >= D && page) at[n * 3 * D] = blended(state, BLEND_OLD, own[n], BLEND_NEW);
+      state = page ? blended(state, DECAY_OLD, own[n], DECAY_NEW) : own[n];
+      if (page >= last - STATES) state_at(c, b, h, page)[i] = state;
+    }
   }
 }
 
-// a block a token: ring, sinks, readers, and whether it came finite
-extern "C" __global__ void __launch_bounds__(THREADS) store(const __grid_constant__ Call c) {
-  const int b = blockIdx.y, n = blockIdx.x, tid = threadIdx.x;
+// a block a token that is not in a page of the chunk, or that ring, sinks or readers keep
+extern "C" __global__ void __launch_bounds__(256) store(const __grid_constant__ Call c) {
+  const int b = blockIdx.y, tid = threadIdx.x, blocks = gridDim.x;
+  const int tail = min(c.tokens, max(c.slots, P)), front = blocks - tail;  // blocks of the last tokens, of the first
+  const int n = int(blockIdx.x) < front ? blockIdx.x : c.tokens - blocks + blockIdx.x;
   wait_for_previous();
-  const i64 start = c.starts[b], pos = start + n;
+  const i64 start = c.starts[b], pos = start + n, paged = c.several ? (start + c.tokens) / P * P : start;
   const bool ring = n >= c.tokens - c.slots, sink = pos < c.sinks;
   bool odd = false;
-  for (int i = tid; i < 2 * c.heads * (D / 8); i += THREADS) {
+  for (int i = tid; i < 2 * c.heads * (D / 8); i += blockDim.x) {
     const bool values = i >= c.heads * (D / 8);
     const int h = i / (D / 8) % c.heads, at = i % (D / 8) * 8;
     const u16* from = values ? c.v + b * c.v_b + h * c.v_h + n * c.v_n : c.k + b * c.k_b + h * c.k_h + n * c.k_n;
@@ -293,9 +386,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) store(const __grid_constan
     if (sink) *(uint4*)((values ? c.sink_v : c.sink_k) + (head * c.sinks + pos) * D + at) = x;
   }
   if (pos % STRIDE == STRIDE - 1 && pos / STRIDE + c.samples >= (start + c.tokens) / STRIDE)
-    for (int i = tid; i < c.heads * D; i += THREADS)
+    for (int i = tid; i < c.heads * D; i += blockDim.x)
       c.readers[((i64(b) * c.heads + i / D) * c.samples + pos / STRIDE % c.samples) * D + i % D] = sample(c, b, i / D, n, i % D);
-  odd = __syncthreads_or(odd);
-  if (tid == 0 && odd) atomicAdd((u64*)c.nonfinite + b, u64(1));
-  if (tid == 0 && n == 0) c.length[b] = start + c.tokens;
+  odd = __syncthreads_or(odd && pos >= paged);
+  int bad = odd && tid == 0;
+  if (c.several && blockIdx.x == 0)  // tokens of pages: a token counts once, not once per head
+    for (i64 page = start / P + tid; page < paged / P; page += blockDim.x) {
+      u64 mask = 0;
+      for (int h = 0; h < c.heads; h++) mask |= c.masks[2 * ((i64(b) * c.heads + h) * c.several + page - start / P) + 1];
+      if (page * P < start) mask = mask >> (start - page * P) << (start - page * P);  // those were counted when they came
+      bad += __popcll(mask);
+    }
+  if (bad) atomicAdd((u64*)c.nonfinite + b, u64(bad));
+  if (tid == 0 && blockIdx.x == 0) c.length[b] = start + c.tokens;
 }

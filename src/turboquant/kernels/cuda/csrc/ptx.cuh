@@ -14,6 +14,10 @@ DEVICE u32 prmt(u32 a, u32 b, u32 s) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s));
   return d;
 }
+// c + the products of two unsigned 16-bit numbers with the low or the high two bytes, of four bytes with four
+DEVICE u32 dp2a_low(u32 a, u32 b, u32 c) { return __dp2a_lo(a, b, c); }
+DEVICE u32 dp2a_high(u32 a, u32 b, u32 c) { return __dp2a_hi(a, b, c); }
+DEVICE u32 dp4a(u32 a, u32 b, u32 c) { return __dp4a(a, b, c); }
 DEVICE float exp2_(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
