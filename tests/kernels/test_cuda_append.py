@@ -98,6 +98,7 @@ EMULATED = [
     Case(recipe="k8v2", d=64, dtype=F16, chunks=(130,)),
     Case(recipe="kv4:hot=0,sinks=9,decay=0.5,blend=1", d=64, chunks=(64, 64)),
     Case(d=256, h=1, hq=2, chunks=(66,)),
+    Case(recipe="kv4:ring=0,sinks=0,rewind=0", d=64, chunks=(70, 59, 1, 200)),
 ]
 
 

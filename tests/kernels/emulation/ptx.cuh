@@ -20,7 +20,7 @@ typedef unsigned long long u64;
 #define __device__
 #define __global__
 #define __grid_constant__
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define NEG (-INFINITY)

@@ -25,10 +25,9 @@ from turboquant.maths.codec import (
     search_levels,
     token_scale,
 )
-from turboquant.packed.buffers import CacheBuffers
+from turboquant.packed.buffers import READER_STRIDE, CacheBuffers
 from turboquant.packed.page import PageLayout
 
-THREADS = 512  # of the kernels that see pages
 STORE_THREADS = 256
 
 
@@ -39,11 +38,16 @@ class _Call(ctypes.Structure):  # mirrors `Call` of csrc/append.cu
         *[(n, ctypes.c_void_p) for n in ("q", "k", "v")],
         *[(f"{t}_{s}", ctypes.c_longlong) for t in "qkv" for s in "bhn"],
         *[(n, ctypes.c_int) for n in ("pool", "width", "batch", "heads", "group", "tokens", "slots", "sinks")],
-        *[(n, ctypes.c_int) for n in ("samples", "several")],
+        *[(n, ctypes.c_int) for n in ("samples", "several", "front")],
     ]
 
 
 CODE_REACH = 3 * CODE_CELLS  # cells of a scale that the code table covers to either side: beyond lie the outer codes
+
+
+def threads(layout: PageLayout) -> int:
+    """Of a block that sees a page: a thread holds 32 numbers of it."""
+    return 512 if layout.head_dim > 128 else 256
 
 
 def _floats(name: str, values: list[float]) -> str:
@@ -61,7 +65,7 @@ def config(layout: PageLayout, dtype: torch.dtype) -> str:
     used = {i for f in layout.fields.values() for i in range(f.offset, f.offset + f.nbytes)}
     gaps = [i for i in range(layout.page_bytes) if i not in used]
     numbers = page_macros(layout, dtype) | {
-        "THREADS": THREADS, "CODE_CELLS": CODE_CELLS, "CODE_REACH": CODE_REACH, "GAPS": len(gaps),
+        "THREADS": threads(layout), "CODE_CELLS": CODE_CELLS, "CODE_REACH": CODE_REACH, "GAPS": len(gaps),
         "SEARCH_UNITS": SEARCH_UNITS, "SEARCH_CELL": SEARCH_CELL, "SEARCH_CELLS": SEARCH_CELLS,
         "DECAY_OLD": f"{1 - (1 - kv.decay)!r}f", "DECAY_NEW": f"{1 - kv.decay!r}f",
         "BLEND_OLD": f"{1 - kv.blend!r}f", "BLEND_NEW": f"{kv.blend!r}f",
@@ -112,19 +116,20 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
     several = pages if pages > 1 else 0
     words = 2 * b * h * several  # 8 bytes each: starts, masks; then states
     work = torch.empty(2 * (b + words) + several * b * h * 3 * d, dtype=torch.float32, device=k.device)
+    # tokens of which `store` keeps something, or that may be in no page of the chunk
+    tail = min(n, max(layout.kv.ring_slots, PAGE, buf.readers.shape[2] * READER_STRIDE))
+    front = min(layout.kv.sinks, n - tail) if several else n - tail
     call = _Call(
         buf.pages.data_ptr(), buf.table.data_ptr(), buf.length.data_ptr(), buf.nonfinite.data_ptr(), work.data_ptr(),
         buf.ring_k.data_ptr(), buf.ring_v.data_ptr(), buf.sink_k.data_ptr(), buf.sink_v.data_ptr(),
         buf.readers.data_ptr(), buf.tracker.data_ptr(), work.data_ptr() + 8 * (b + words), work.data_ptr() + 8 * b,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         buf.pages.shape[0], buf.table.shape[1], b, h, q.shape[1] // h, n, layout.kv.ring_slots, layout.kv.sinks,
-        buf.readers.shape[2], several,
+        buf.readers.shape[2], several, front,
     )  # fmt: skip
-    stream = nvrtc.stream_of(k.device)
+    stream, block = nvrtc.stream_of(k.device), threads(layout)
     if several:
-        nvrtc.launch(stats, (pages, h, b), THREADS, 0, stream, call)
+        nvrtc.launch(stats, (pages, h, b), block, 0, stream, call)
         nvrtc.launch(track, (-(-3 * d // 128), h, b), 128, 0, stream, call, after=True)
-    nvrtc.launch(encode, (pages, h, 2 * b), THREADS, _memory(layout), stream, call, after=bool(several))
-    tail = min(n, max(layout.kv.ring_slots, PAGE))  # tokens of which `store` keeps something, or in no page
-    front = min(layout.kv.sinks, n - tail) if several else n - tail
+    nvrtc.launch(encode, (pages, h, 2 * b), block, _memory(layout), stream, call, after=bool(several))
     nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, stream, call, after=True)

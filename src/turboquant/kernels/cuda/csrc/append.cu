@@ -15,7 +15,8 @@ struct Call {  // mirrored by `_Call` in append.py
   u64* masks;               // (batch, heads, pages of the chunk, 2): tokens that count in no statistic; not finite
   const u16 *q, *k, *v;
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
-  int pool, width, batch, heads, group, tokens, slots, sinks, samples, several;  // pages of the chunk, 0 if at most one
+  int pool, width, batch, heads, group, tokens, slots, sinks, samples;
+  int several, front;  // pages of the chunk, 0 if at most one; tokens from its beginning that `store` looks at
 };
 
 DEVICE u16 narrow(float x) { return u16(two_16(x, 0)); }
@@ -106,11 +107,26 @@ DEVICE u16 sample(const Call& c, int b, int h, i64 n, int ch) {
   return narrow(finite(__fsqrt_rn(sum / float(c.group))));
 }
 
+struct Samples {  // the squares of a channel's reader samples g, g + 4 of a page
+  float square[P / STRIDE / 4];
+};
+DEVICE Samples samples_of(const Call& c, const Page& p, int ch) {
+  const int g = threadIdx.x & 3;
+  Samples s;
+#pragma unroll
+  for (int i = 0; i < P / STRIDE / 4; i++) {
+    const i64 pos = p.index * P + (4 * i + g) * STRIDE + STRIDE - 1, j = pos / STRIDE;
+    const i64 at = ((i64(p.b) * c.heads + p.h) * c.samples + j % c.samples) * D + ch;
+    const float r = wide(pos < p.start ? c.readers[at] : sample(c, p.b, p.h, pos - p.start, ch));
+    s.square[i] = r * r;
+  }
+  return s;
+}
 struct Own {
   float mean, var, power;
 };
 // a channel's statistics over the page, by four threads, of which each takes every fourth token
-DEVICE Own own_stats(const Call& c, const Page& p, const u16 (*rows)[PITCH], u64 odd, int ch) {
+DEVICE Own own_stats(const Samples& s, const u16 (*rows)[PITCH], u64 odd, int ch) {
   const int g = threadIdx.x & 3;
   const float n = float(max(P - __popcll(odd), 1));
   float x[P / 4];
@@ -130,18 +146,10 @@ DEVICE Own own_stats(const Call& c, const Page& p, const u16 (*rows)[PITCH], u64
     const float y = odd >> (4 * i + g) & 1 ? 0.f : x[i] - own.mean;
     return y * y;
   });
-  float square[P / STRIDE / 4];  // of the samples g, g + 4
-#pragma unroll
-  for (int i = 0; i < P / STRIDE / 4; i++) {
-    const i64 pos = p.index * P + (4 * i + g) * STRIDE + STRIDE - 1, j = pos / STRIDE;
-    const i64 at = ((i64(p.b) * c.heads + p.h) * c.samples + j % c.samples) * D + ch;
-    const float r = wide(pos < p.start ? c.readers[at] : sample(c, p.b, p.h, pos - p.start, ch));
-    square[i] = r * r;
-  }
   own.power = 0;
 #pragma unroll
   for (int i = 0; i < P / STRIDE; i++) {
-    const float r = __shfl_sync(~0u, square[i / 4], (threadIdx.x & 28) + i % 4);
+    const float r = __shfl_sync(~0u, s.square[i / 4], (threadIdx.x & 28) + i % 4);
     own.power = i ? own.power + r : r;
   }
   own.power /= float(P / STRIDE);
@@ -185,7 +193,7 @@ DEVICE void take_stats(const Call& c, const Page& p, Memory& m, u64 odd) {
   const float* before = state_at(c, p.b, p.h, p.index + 1);  // the slot of page index - 1
   float* after = state_at(c, p.b, p.h, p.index);
   for (int ch = threadIdx.x / 4; ch < D; ch += THREADS / 4) {
-    const Own own = own_stats(c, p, m.rows, odd, ch);
+    const Own own = own_stats(samples_of(c, p, ch), m.rows, odd, ch);
     if (threadIdx.x & 3) continue;
     m.mean[ch] = own.mean;
     m.key[ch] = p.index ? blended(before[D + ch], BLEND_OLD, own.var, BLEND_NEW) : own.var;
@@ -266,12 +274,11 @@ DEVICE void hot_channels(Memory& m, u64 odd, u8* page) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) encode(const __grid_constant__ Call c) {
+extern "C" __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 3) encode(const __grid_constant__ Call c) {
   extern __shared__ __align__(128) u8 memory[];
   Memory& m = *(Memory*)memory;
   const int tid = threadIdx.x, l = tid & 7;
   const bool values = blockIdx.z & 1;
-  tables(m, values ? VALUE_SEARCH : KEY_SEARCH, values ? VALUE_CODES : KEY_CODES);
   wait_for_previous();
   if (tid == 0 && blockIdx.x == 0 && blockIdx.y == 0 && !values) c.starts[blockIdx.z / 2] = c.length[blockIdx.z / 2];
   Page p;
@@ -280,6 +287,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, D > 128 ? 1 : 2) encode(co
   const bool kept = id >= 0 && id < c.pool;  // a page out of the window has no place
   if ((values || c.several) && !kept) return;
   u8* page = c.pages + (i64(max(id, 0)) * c.heads + p.h) * PAGE_BYTES;
+  tables(m, values ? VALUE_SEARCH : KEY_SEARCH, values ? VALUE_CODES : KEY_CODES);
   u64 odd;
   if (c.several) {
     odd = c.masks[2 * place(c, p)];
@@ -331,11 +339,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) stats(const __grid_constan
   __shared__ Marks marks;
   Page p;
   if (!page_of(c, p, blockIdx.z)) return;
+  Samples samples[(4 * D + THREADS - 1) / THREADS];  // their loads come back while the page is loaded
+#pragma unroll
+  for (int i = 0; i < int(sizeof(samples) / sizeof(Samples)); i++) {
+    const int ch = threadIdx.x / 4 + i * (THREADS / 4);
+    if (ch < D) samples[i] = samples_of(c, p, ch);
+  }
   load_page(c, p, false, rows, marks);
   const u64 odd = marks.all();
   float* to = c.states + place(c, p) * 3 * D;
-  for (int ch = threadIdx.x / 4; ch < D; ch += THREADS / 4) {
-    const Own own = own_stats(c, p, rows, odd, ch);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(samples) / sizeof(Samples)); i++) {
+    const int ch = threadIdx.x / 4 + i * (THREADS / 4);
+    if (ch >= D) continue;
+    const Own own = own_stats(samples[i], rows, odd, ch);
     if ((threadIdx.x & 3) == 0) to[ch] = own.mean, to[D + ch] = own.var, to[2 * D + ch] = own.power;
   }
   if (threadIdx.x) return;
@@ -368,9 +385,8 @@ extern "C" __global__ void track(const __grid_constant__ Call c) {
 
 // a block a token that is not in a page of the chunk, or that ring, sinks or readers keep
 extern "C" __global__ void __launch_bounds__(256) store(const __grid_constant__ Call c) {
-  const int b = blockIdx.y, tid = threadIdx.x, blocks = gridDim.x;
-  const int tail = min(c.tokens, max(c.slots, P)), front = blocks - tail;  // blocks of the last tokens, of the first
-  const int n = int(blockIdx.x) < front ? blockIdx.x : c.tokens - blocks + blockIdx.x;
+  const int b = blockIdx.y, tid = threadIdx.x;
+  const int n = int(blockIdx.x) < c.front ? blockIdx.x : c.tokens - gridDim.x + blockIdx.x;
   wait_for_previous();
   const i64 start = c.starts[b], pos = start + n, paged = c.several ? (start + c.tokens) / P * P : start;
   const bool ring = n >= c.tokens - c.slots, sink = pos < c.sinks;
