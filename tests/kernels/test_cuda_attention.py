@@ -65,14 +65,18 @@ CASES = [
 
 
 def filled(case: Case, tokens) -> tuple[LayerCache, list[torch.Tensor]]:
-    """A cache with the tokens of `lengths`, and the next chunk."""
+    """A cache with the tokens of `lengths`, as the reference writes them, and the next chunk."""
     longest = max(case.lengths)
     some = [tokens(case.hq, case.h, longest + case.n, case.d, seed=i) for i in range(len(case.lengths))]
     q, k, v = (torch.stack(x).cuda().to(case.dtype) for x in zip(*some, strict=True))
     cache = LayerCache(parse_recipe(case.recipe).kv, case.window)
     if longest:
         valid = torch.arange(longest)[None] < torch.tensor(case.lengths)[:, None]
-        cache.step(q[:, :, :longest], k[:, :, :longest], v[:, :, :longest], valid=valid.cuda())
+        some = [x[:, :, :longest] for x in (q, k, v)]
+        cache._start(k)
+        cache._reserve(list(case.lengths))
+        reference.cache_append(cache.buf, cache.layout, *some, valid.cuda())
+        cache._count(list(case.lengths))
     else:
         cache._start(k)
     return cache, [x[:, :, longest:] for x in (q, k, v)]
