@@ -157,4 +157,5 @@ def test_it_runs_in_a_cuda_graph(tokens):
             to.copy_(x)
         graph.replay()
     for f in fields(CacheBuffers):
-        assert torch.equal(getattr(plain.buf, f.name), getattr(graphed.buf, f.name)), f.name
+        a, b = (getattr(c.buf, f.name) for c in (plain, graphed))
+        assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), f.name  # slots nobody wrote hold NaN
