@@ -12,6 +12,7 @@ kv4:ring=64,sinks=0,hot=8  with options: any field of KVRecipe, WeightRecipe or 
 import difflib
 import re
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import gcd
 from typing import Any
 
@@ -66,6 +67,7 @@ class KVRecipe:
         need(0 <= self.rewind <= self.page, "rewind", f"from 0 to page={self.page} tokens")
         need(0 <= self.decay < 1, "decay", "in [0, 1)")
         need(0 < self.blend <= 1, "blend", "in (0, 1]")
+        _ = self.name
 
     def hot_channels(self, head_dim: int) -> int:
         """Hot key channels of a head: `hot`, or by default 4 up to head_dim 128 and head_dim/16 above."""
@@ -84,7 +86,7 @@ class KVRecipe:
         """Longest chunk whose rows read exactly what they would read one token at a time (at least 1)."""
         return max(1, self.ring - self.page + 1)
 
-    @property
+    @cached_property  # made by __post_init__, for torch.compile can read it then and cannot make it
     def name(self) -> str:
         """The string that `parse_recipe` turns into this."""
         k, v = self.key_bits, self.value_bits

@@ -65,14 +65,18 @@ CASES = [
 
 
 def filled(case: Case, tokens) -> tuple[LayerCache, list[torch.Tensor]]:
-    """A cache with the tokens of `lengths`, and the next chunk."""
+    """A cache with the tokens of `lengths`, as the reference writes them, and the next chunk."""
     longest = max(case.lengths)
     some = [tokens(case.hq, case.h, longest + case.n, case.d, seed=i) for i in range(len(case.lengths))]
     q, k, v = (torch.stack(x).cuda().to(case.dtype) for x in zip(*some, strict=True))
     cache = LayerCache(parse_recipe(case.recipe).kv, case.window)
     if longest:
         valid = torch.arange(longest)[None] < torch.tensor(case.lengths)[:, None]
-        cache.step(q[:, :, :longest], k[:, :, :longest], v[:, :, :longest], valid=valid.cuda())
+        some = [x[:, :, :longest] for x in (q, k, v)]
+        cache._start(k)
+        cache._reserve(list(case.lengths))
+        reference.cache_append(cache.buf, cache.layout, *some, valid.cuda())
+        cache._count(list(case.lengths))
     else:
         cache._start(k)
     return cache, [x[:, :, longest:] for x in (q, k, v)]
@@ -118,6 +122,23 @@ def rms(x: torch.Tensor) -> float:
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_is_within_twice_the_error_of_plain_torch(case, tokens, monkeypatch):
+    check(case, tokens, monkeypatch)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n, dtype", [(1, BF16), (8, BF16), (1, F16)])
+@pytest.mark.parametrize("recipe", ["kv4", "k4v3"])
+def test_so_it_is_on_captured_keys_and_values(recipe, n, dtype, real, monkeypatch):
+    """Two heads of Qwen2.5 whose keys have outliers."""
+
+    def captured(hq, h, m, d, seed):
+        name = ("qwen_a", "qwen_b")[seed]
+        return tuple(real[f"{name}.{x}"][:, :m] for x in "qkv")
+
+    check(Case(recipe, 64, 2, 1, n, (264, 200), dtype=dtype), captured, monkeypatch)
+
+
+def check(case: Case, tokens, monkeypatch) -> None:
     cache, (q, k, v) = filled(case, tokens)
     args = (cache.buf, cache.layout)
     got = cuda.cache_attention(*args, q, k, v, **options(case))

@@ -50,11 +50,20 @@ class LayerCache:
         self.layout: PageLayout | None = None
         self.lengths: list[int] = []
         self.columns = 0
-        self._pages: list[list[int]] = []  # host copy of the table: page ids of each sequence, -1 once released
+        self._held: list[list[int]] = []  # host copy of the table: page ids of each sequence, -1 once released
         self._free: list[int] = []
         self._reach: list[int] = []
         self._released: list[int] = []  # pages of each sequence that have fallen out of the window
         self._padding: list[list[list[int]]] = []  # [first, last + 1) column runs of padding of each sequence
+
+    @property
+    def _pages(self) -> list[list[int]]:
+        """Page ids of each sequence. Of a static cache its lengths tell: no step may keep a list that grows, for which
+        torch.compile would compile it anew."""
+        if self.capacity is None:
+            return self._held
+        own = self.capacity // self.kv.page
+        return [list(range(row * own, row * own + n // self.kv.page)) for row, n in enumerate(self.lengths)]
 
     def _start(self, k: Tensor) -> None:
         b, h, _, d = k.shape
@@ -65,7 +74,7 @@ class LayerCache:
         if own:
             self.buf.table.copy_(torch.arange(b * own).view(b, own))
         self.lengths, self._reach, self._released = [0] * b, [0] * b, [0] * b
-        self._pages, self._padding = [[] for _ in range(b)], [[] for _ in range(b)]
+        self._held, self._padding = [[] for _ in range(b)], [[] for _ in range(b)]
 
     def step(
         self,
@@ -137,7 +146,6 @@ class LayerCache:
         self._reserve([tokens] * len(self.lengths))
         self.lengths = [n + tokens for n in self.lengths]
         self._reach = [max(r, n) if tokens > 0 else n for r, n in zip(self._reach, self.lengths, strict=True)]
-        self._pages = [p[: n // self.kv.page] for p, n in zip(self._pages, self.lengths, strict=True)]
         self.columns += tokens
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -178,9 +186,6 @@ class LayerCache:
             longest = max(n + c for n, c in zip(self.lengths, counts, strict=True))
             if longest > self.capacity:
                 raise CacheError(f"{longest} tokens are more than the cache's capacity of {self.capacity}")
-            own = self.capacity // size
-            for row, (n, c, pages) in enumerate(zip(self.lengths, counts, self._pages, strict=True)):
-                pages.extend(range(row * own + len(pages), row * own + (n + c) // size))
             return
         wanted = []
         for n, c, pages in zip(self.lengths, counts, self._pages, strict=True):
@@ -240,9 +245,8 @@ class LayerCache:
             own = self.capacity // self.kv.page
             self.buf.pages = self.buf.pages.unflatten(0, self.buf.table.shape).index_select(0, index).flatten(0, 1)
             self.buf.table = torch.arange(len(rows) * own, dtype=torch.int32, device=index.device).view(-1, own)
-            self._pages = [list(range(i * own, i * own + len(self._pages[r]))) for i, r in enumerate(rows)]
             return
-        self._pages = [list(self._pages[r]) for r in rows]
+        self._held = [list(self._held[r]) for r in rows]
         self._collect()
 
     def check_crop(self, columns: int) -> list[int]:
@@ -287,7 +291,8 @@ class LayerCache:
         self.lengths = new
         self.buf.length.copy_(torch.tensor(new))
         self.columns -= columns
-        self._pages = [p[: n // self.kv.page] for p, n in zip(self._pages, new, strict=True)]
+        if self.capacity is None:
+            self._held = [p[: n // self.kv.page] for p, n in zip(self._held, new, strict=True)]
         self._padding = [[[a, min(b, self.columns)] for a, b in runs if a < self.columns] for runs in self._padding]
         self._released = [min(r, len(p)) for r, p in zip(self._released, self._pages, strict=True)]
         self._collect()
@@ -317,7 +322,7 @@ class LayerCache:
             return
         self.columns = int(values["columns"])  # type: ignore[call-overload]
         self.lengths = list(values["lengths"])  # type: ignore[call-overload]
-        self._pages = [list(p) for p in values["table"]]  # type: ignore[attr-defined]
+        self._held = [list(p) for p in values["table"]]  # type: ignore[attr-defined]
         self._reach, self._padding = list(values["reach"]), list(values["padding"])  # type: ignore[call-overload]
         self._released = [next((i for i, p in enumerate(pages) if p >= 0), len(pages)) for pages in self._pages]
         empty = torch.empty(0, 0, dtype=torch.int32, device=tensors["length"].device)

@@ -33,8 +33,26 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+    def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+        return None if _plainly_causal(**kwargs) else sdpa_mask(*args, **kwargs)
+
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def _plainly_causal(
+    q_length: int | None = None,
+    kv_length: int | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> bool:
+    """Whether a chunk that sees itself alone, as with a TurboQuantCache, needs no mask: known without reading a tensor,
+    while transformers before 5.18 makes every mask when a model is compiled or captured."""
+    square = q_length is not None and q_length == kv_length
+    near = local_size is None or (q_length is not None and q_length <= local_size)
+    return square and near and attention_mask is None and allow_is_causal_skip
 
 
 def attention_forward(
@@ -73,9 +91,14 @@ def attention_forward(
                 "pass a 2-D padding mask"
             )
         mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        valid = mask[:, 0].diagonal(dim1=1, dim2=2).expand(query.shape[0], n)
-        if valid.all():
-            valid = None
+        if torch.compiler.is_compiling() or (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _assert_causal(mask, key.cache.window)
+            mask = None
+        else:
+            valid = mask[:, 0].diagonal(dim1=1, dim2=2).expand(query.shape[0], n)
+            if valid.all():
+                valid = None
+                mask = None if n == 1 else mask
     with torch.no_grad():
         out = key.cache.step(
             query,
@@ -90,6 +113,16 @@ def attention_forward(
         )
     key.done = True
     return out.transpose(1, 2).contiguous(), None
+
+
+def _assert_causal(mask: Tensor, window: int | None) -> None:
+    """Fail on the device, later, unless mask (B, 1, n, n) is causal without padding: nothing can be read back here."""
+    t = torch.arange(mask.shape[-1], device=mask.device)
+    back = t[:, None] - t
+    want = back >= 0 if window is None else (back >= 0) & (back < window)
+    torch._assert_async(
+        (mask == want).all(), "a compiled or captured step of a TurboQuantCache takes no padding and no mask but causal"
+    )
 
 
 def _plain(
