@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turboquant.kernels.linear import LinearSpec, LinearState
+from turboquant.kernels.linear import Coded, LinearSpec, LinearState
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe, parse_recipe
 
 OPS = ("cache_append", "cache_attention")
-LINEAR_OPS = ("rotate", "quantize", "linear")
+LINEAR_OPS = ("rotate", "quantize", "norm_quantize", "gate_quantize", "linear")
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
 INTERPRETED = {"triton": "cpu"}  # device type on which a backend is an interpreter, which "auto" does not choose
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
@@ -131,6 +131,11 @@ def explain_linear(spec: LinearSpec, device: torch.device | str = "cpu") -> list
     rows = _explain(LINEAR_OPS, spec, torch.device(device), ANY)
     if rows[-1]["kernel"] == "reference":  # it quantizes its rows itself
         rows[:-1] = [r | {"kernel": "reference", "why": "part of the reference's linear"} for r in rows[:-1]]
+        return rows
+    quantizes = next(r["kernel"] for r in rows if r["op"] == "quantize")
+    for r in rows:
+        if r["op"] in ("norm_quantize", "gate_quantize") and r["kernel"] == "reference":
+            r |= {"kernel": quantizes, "why": f"quantize after the model's own operations: {r['why']}"}
     return rows
 
 
@@ -249,7 +254,7 @@ def quantize(x: Tensor, recipe: ActivationRecipe, *args: Any, spec: LinearSpec |
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Coded,
     weight: PackedTensor | Tensor,
     bias: Tensor | None,
     recipe: ActivationRecipe | None,
@@ -266,6 +271,26 @@ def linear(
     else:
         state.run = _linear_op("linear", spec, x.device)
     return state.run(x, weight, bias, recipe, state)
+
+
+def fused(op: str, spec: LinearSpec, device: torch.device) -> Any:
+    """A kernel's "norm_quantize" or "gate_quantize" for a layer of 8-bit inputs, contracts in `fused`.
+
+    Returns:
+        None where no backend has one, or the layer itself runs on the reference, which quantizes its rows itself.
+    """
+    return _fused(op, spec, device, _forced.get())
+
+
+@lru_cache(maxsize=4096)
+def _fused(op: str, spec: LinearSpec, device: torch.device, forced: str) -> Any:
+    if spec.activation_bits != 8:
+        return None
+    try:
+        names = [choose(o, spec, device)[0] for o in ("linear", op)]
+    except BackendError:  # one was asked for that lacks this op: its own quantize runs
+        return None
+    return None if "reference" in names else getattr(import_module(f"turboquant.kernels.{names[1]}"), op)
 
 
 def _linear_op(op: str, spec: LinearSpec | None, device: torch.device) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from turboquant.kernels import ops
-from turboquant.kernels.linear import Hot, LinearSpec, LinearState, Shared
+from turboquant.kernels.linear import Coded, Hot, LinearSpec, LinearState, Shared
 from turboquant.maths.activations import HotTracker
 from turboquant.maths.rotation import rotate, unrotate
 from turboquant.packed.tensor import NAMES, PackedTensor
@@ -167,7 +167,7 @@ class Slot:
             assert self._hot.weight is not None
             self._hot.weight.copy_(columns)
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
+    def __call__(self, x: Tensor | Coded, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
         """x (..., K) through the weight, or through one expert's: (..., N) in x's dtype."""
         if self.tracked and self._hot is None:
             self._take_columns()

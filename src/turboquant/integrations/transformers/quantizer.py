@@ -22,6 +22,7 @@ from turboquant.layers.convert import (
     start_trackers,
     targets,
 )
+from turboquant.layers.fused import fuse
 from turboquant.packed.checkpoint import CheckpointError, check
 from turboquant.recipe import parse_recipe
 
@@ -125,6 +126,7 @@ class TurboQuantizer(HfQuantizer):
                     slot.forget()
         if not self.pre_quantized:
             start_trackers(model)
+        fuse(model)
         if any(isinstance(m, Quantized) for m in model.modules()):
             # The saved names are the modules' own: nothing is to be turned back into a checkpoint's names.
             model._weight_conversions = []
