@@ -159,12 +159,12 @@ def _row(
     put = tl.arange(0, B)[:, None] + column[None, :]
     get = tl.arange(0, B)[None, :] + column[:, None]
     part: tl.constexpr = N * B
-    x_ptr += row.to(tl.int64) * x_stride
+    x_ptr += tl.cast(row, tl.int64) * x_stride
     if MODE == 2:
-        w_ptr += row.to(tl.int64) * w_stride
+        w_ptr += tl.cast(row, tl.int64) * w_stride
     if KEEP:
-        y_ptr += row.to(tl.int64) * K
-    codes_ptr += row.to(tl.int64) * K
+        y_ptr += tl.cast(row, tl.int64) * K
+    codes_ptr += tl.cast(row, tl.int64) * K
     inv = 1.0
     if MODE == 1:
         square = 0.0
