@@ -8,9 +8,9 @@
 All run the same layers (norms, projections, MLP, output head; no rotary embedding), a whole step in one graph. The
 bf16 cache is attended by torch's flash attention with the heads of a group packed as query rows, the best torch has
 here. Quantized layers are those of the library, their packed weights drawn at random. Caches are filled with random
-tokens; every layer has memory of its own, so nothing stays in the L2 cache. Bytes are those of the tensors that are
-held: `weight_bytes` with input and output embeddings and whatever a kernel prepared beside a packed weight,
-`moved_bytes` what a step reads of them (the input embeddings and what was prepared twice left out) and the cache.
+tokens; every layer has memory of its own, so nothing stays in the L2 cache. Bytes are those of the tensors that the
+device holds: `weight_bytes` with input and output embeddings, `moved_bytes` what a step reads: all but the input
+embeddings.
 """
 
 import argparse
@@ -127,17 +127,10 @@ def packed(n: int, k: int, recipe: Recipe, shared: Shared | None, s: Sizes) -> Q
     return out
 
 
-def nbytes(model: nn.Module) -> tuple[int, int]:
-    """(held, read by a step) bytes of weights; with what a backend prepared beside the saved tensors, and without."""
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    twice = 0
-    for m in model.modules():
-        if isinstance(m, QuantLinear):
-            twice += sum(
-                t.nbytes for state in m.slot.states.values() for layers in state.prepared.values() for x in layers
-                if isinstance(x, nn.Module) for t in x.parameters()
-            )  # fmt: skip
-    return held + twice, held
+def nbytes(model: nn.Module, device: torch.device, read: bool = False) -> int:
+    """Bytes of weights that the device holds, in whatever layouts, or that a step reads."""
+    out = sum(m.slot.nbytes(device, read) for m in model.modules() if isinstance(m, QuantLinear))
+    return out + sum(t.nbytes for t in model.parameters())
 
 
 class PlainCache:
@@ -207,13 +200,13 @@ class Model:
             return self.head(y).argmax(-1)
 
         ms = bench_cache.median_ms([step], replays) if s.device == "cuda" else _once_ms(step)
-        held, read = nbytes(self.all)
         cache, embedding = sum(c.nbytes() for c in caches), s.vocabulary * s.width * 2
         kernels = {ops.choose("linear", m.slot.spec(BF16), x.device)[0] for m in self.all.modules()
                    if isinstance(m, QuantLinear)}  # fmt: skip
         return {
-            "ms": ms, "tokens_s": 1e3 * batch / ms, "weight_bytes": held + embedding, "cache_bytes": cache,
-            "moved_bytes": read + cache, "linear_kernel": ", ".join(sorted(kernels)) or "torch",
+            "ms": ms, "tokens_s": 1e3 * batch / ms, "weight_bytes": nbytes(self.all, x.device) + embedding,
+            "cache_bytes": cache, "moved_bytes": nbytes(self.all, x.device, True) + cache,
+            "linear_kernel": ", ".join(sorted(kernels)) or "torch",
         }  # fmt: skip
 
 

@@ -87,3 +87,24 @@ def test_linear(name, rows):
     plain = F.linear(x, layer.slot.dequantized().bfloat16(), layer.bias)
     exact = F.linear(x.float(), layer.slot.dequantized(), layer.bias.float())
     assert relative(got, want) <= 2 * relative(plain, exact)
+
+
+def test_a_gpu_holds_a_weight_once():
+    """The saved codes wait on the host; saving, decoding and another dtype bring back the same bits."""
+    pytest.importorskip("humming")
+    layer = QuantLinear(512, 384, False, parse_recipe("w4a8").linear, "cuda", torch.bfloat16)
+    layer.slot.load(torch.randn(384, 512, device="cuda") * 0.05)
+    want, decoded = {k: t.clone() for k, t in layer.state_dict().items()}, layer.slot.dequantized()
+    before = layer.slot.nbytes(torch.device("cuda"))
+    x = torch.randn(3, 512, device="cuda")
+    with torch.no_grad():
+        y = layer(x.bfloat16())
+        assert not layer.weight.is_cuda and layer.slot.nbytes(torch.device("cuda")) < 1.2 * before
+        assert torch.equal(layer(x.bfloat16()), y)
+        assert torch.equal(layer.slot.dequantized(), decoded)
+        assert relative(layer(x.half()), y) < 0.02, "another dtype is prepared anew"
+        with ops.use_backend("reference"):
+            assert relative(layer(x.bfloat16()), y) < 0.02
+    for key, t in layer.state_dict().items():
+        assert torch.equal(t.cuda(), want[key]), key
+    assert layer.cuda().weight.is_cuda

@@ -181,7 +181,44 @@ class Slot:
             weight = weight if expert is None else weight[expert]
         else:
             weight = self.packed() if expert is None else self.packed().select(expert)
-        return ops.linear(x, weight, bias, self.recipe.activations, self.states[expert], self.spec(x.dtype))
+        y = ops.linear(x, weight, bias, self.recipe.activations, self.states[expert], self.spec(x.dtype))
+        if self.states[expert].prepared and not torch.compiler.is_compiling():
+            self._stow()
+        return y
+
+    def _stow(self) -> None:
+        """Keep the codes on the host once a GPU's kernel has the whole weight in a layout of its own, so that the GPU
+        holds it once. Whatever decodes the codes brings them back for that time."""
+        key, count = self.name, self.shape[0] if len(self.shape) == 3 else 1
+        codes = self.module._buffers.get(key)
+        if codes is None or not codes.is_cuda or torch.cuda.is_current_stream_capturing():
+            return
+        if sum(bool(s.prepared) for s in self.states.values()) == count:
+            self.module._buffers[key] = codes.cpu()
+
+    def nbytes(self, device: torch.device, read: bool = False) -> int:
+        """Bytes of this weight on a device: its buffers, and what a backend prepared.
+
+        Args:
+            read: those alone that a step reads: what was prepared of the whole weight stands for it.
+        """
+        saved = [b for k, b in self.module._buffers.items() if k.startswith(self.name) and b is not None]
+        if self.recipe.weights is None:
+            saved.append(getattr(self.module, self.name))
+        ready = [t for s in self.states.values() for t in _tensors(list(s.prepared.values()))]
+        one, two = (sum(t.nbytes for t in some if t.device.type == device.type) for some in (saved, ready))
+        if not read:
+            return one + two
+        return two if two >= sum(t.nbytes for t in saved[:1]) else one
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    """All tensors in lists, tuples and modules."""
+    if isinstance(x, nn.Module):
+        return [*x.parameters(), *x.buffers()]
+    if isinstance(x, list | tuple):
+        return [t for y in x for t in _tensors(y)]
+    return [x] if isinstance(x, Tensor) else []
 
 
 def keep_dtypes(module: nn.Module, fn: Any) -> None:
