@@ -274,7 +274,12 @@ def test_compiles_as_one_graph(recipe):
             layer(x)
             seen = layer.state_dict()
             want = layer.slot(x, layer.bias)
-        got = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        got = compiled(x)
+        with use_backend("triton"), pytest.raises(Exception, match=r"'triton' was asked for.*runs on 'reference'"):
+            compiled(x)
+    with pytest.raises(Exception, match="compute no gradients"):
+        compiled(x.clone().requires_grad_())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(t, seen[key]) for key, t in layer.state_dict().items())
 
@@ -311,3 +316,17 @@ def test_codes_that_a_backend_holds_in_its_own_layout_are_stowed_away(monkeypatc
         assert type(module._buffers[slot.name]) is torch.Tensor
         assert slot.nbytes(x.device, read=True) == make_slots * 8000
         assert all(torch.equal(t, want[k]) for k, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_are_those_of_the_float_layer_with_the_decoded_weight(recipe):
+    layer, _ = make(recipe)
+    layer.bias.requires_grad_(True)
+    x, g = torch.randn(2, 5, 96, requires_grad=True), torch.randn(2, 5, 48)
+    with torch.no_grad():
+        want = layer(x)
+    y = layer(x)
+    assert torch.equal(y, want)
+    y.backward(g)
+    torch.testing.assert_close(x.grad, g @ layer.slot.dequantized())
+    torch.testing.assert_close(layer.bias.grad, g.sum((0, 1)))

@@ -108,6 +108,7 @@ class LinearState:
     shared: Shared | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
     run: Callable[..., Tensor] | None = None  # the op of the backend that ran last
+    backend: str = ""  # its name
 
 
 def rows_of(

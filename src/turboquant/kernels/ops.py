@@ -29,6 +29,9 @@ LINEAR_OPS = ("rotate", "quantize", "norm_quantize", "gate_quantize", "linear")
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
 INTERPRETED = {"triton": "cpu"}  # device type on which a backend is an interpreter, which "auto" does not choose
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
+_compiled_forced = (
+    "auto"  # the same, where the compiler looks: it guards what it read of a module, and traces no ContextVar
+)
 
 
 class BackendError(RuntimeError):
@@ -101,11 +104,14 @@ def use_backend(name: str) -> Iterator[None]:
     known = ("auto", *BACKENDS)
     if name not in known:
         raise BackendError(f"backend {name!r} is not known: choose one of {known}")
-    token = _forced.set(name)
+    global _compiled_forced
+    token, before = _forced.set(name), _compiled_forced
+    _compiled_forced = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _compiled_forced = before
 
 
 def explain(
@@ -263,13 +269,20 @@ def linear(
 ) -> Tensor:
     """A linear layer with quantized operands; contract in `linear.linear`.
 
-    While a model is compiled the choice of its last ordinary call stands: the compiler cannot trace the choosing.
+    While a model is compiled the choice of its last ordinary call stands: the compiler cannot trace the choosing. A
+    backend that was asked for must be that one.
     """
     if torch.compiler.is_compiling():
         if state.run is None:
             raise BackendError("call a quantized model once before it is compiled: that chooses its kernels")
+        if _compiled_forced not in ("auto", state.backend):
+            raise BackendError(
+                f"backend {_compiled_forced!r} was asked for, and the model to compile runs on {state.backend!r}: call "
+                "it once within use_backend before it is compiled"
+            )
     else:
-        state.run = _linear_op("linear", spec, x.device)
+        state.backend = _chosen("linear", spec, x.device, _forced.get())
+        state.run = import_module(f"turboquant.kernels.{state.backend}").linear
     return state.run(x, weight, bias, recipe, state)
 
 

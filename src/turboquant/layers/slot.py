@@ -168,7 +168,20 @@ class Slot:
             self._hot.weight.copy_(columns)
 
     def __call__(self, x: Tensor | Coded, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
-        """x (..., K) through the weight, or through one expert's: (..., N) in x's dtype."""
+        """x (..., K) through the weight, or through one expert's: (..., N) in x's dtype.
+
+        Raises:
+            RuntimeError: gradients are asked for in a compiled model.
+        """
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "compiled quantized layers compute no gradients: call the model under torch.no_grad()"
+                )
+            return _StraightThrough.apply(x, bias, self, expert)
+        return self._run(x, bias, expert)
+
+    def _run(self, x: Tensor | Coded, bias: Tensor | None, expert: int | None) -> Tensor:
         if self.tracked and self._hot is None:
             self._take_columns()
         if expert not in self.states:
@@ -210,6 +223,22 @@ class Slot:
         if not read:
             return one + two
         return two if two >= sum(t.nbytes for t in saved[:1]) else one
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Gradients on every backend alike: those of a float layer with the weight as it decodes, rounding of the input
+    being taken for the identity. The packed weight gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, slot: Slot, expert: int | None) -> Tensor:
+        ctx.slot, ctx.expert = slot, expert
+        return slot._run(x.detach(), bias, expert)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g, (for_x, for_bias, *_) = grads[0], ctx.needs_input_grad
+        back = (g.float() @ ctx.slot.dequantized(ctx.expert)).to(g.dtype) if for_x else None
+        return back, g.flatten(0, -2).sum(0) if for_bias else None, None, None
 
 
 def _tensors(x: Any) -> list[Tensor]:

@@ -143,8 +143,9 @@ class TurboQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top of frozen packed weights can be trained, weights alone cannot."""
-        return False
+        """Adapters on top of the packed weights can be trained: gradients pass the layers. The weights themselves
+        stand."""
+        return True
 
 
 def quantize(
