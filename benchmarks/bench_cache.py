@@ -67,22 +67,24 @@ def copy_bytes_per_ms() -> float:
     return 2 * a.nbytes / median_ms([lambda: b.copy_(a)], 5)
 
 
-def filled(layout: PageLayout, batch: int, tokens: int, kv_heads: int, dtype: torch.dtype) -> CacheBuffers:
+def filled(
+    layout: PageLayout, batch: int, tokens: int, kv_heads: int, dtype: torch.dtype, device: str = "cuda"
+) -> CacheBuffers:
     """Caches of `tokens` each; the pages of one sequence's first 4096 tokens are repeated, each in its own memory."""
     kv, d, some = layout.kv, layout.head_dim, min(tokens, 4096)
     per, count = tokens // kv.page, batch * (tokens // kv.page)
-    one = {n: torch.zeros(s, dtype=t, device="cuda") for n, (s, t) in CacheBuffers.specs(
+    one = {n: torch.zeros(s, dtype=t, device=device) for n, (s, t) in CacheBuffers.specs(
         layout, 1, kv_heads, dtype, pages=some // kv.page, columns=some // kv.page).items()}  # fmt: skip
     small = CacheBuffers(**one)
-    small.table = torch.arange(some // kv.page, dtype=torch.int32, device="cuda").view(1, -1)
-    draw = lambda *s: torch.randn(*s, device="cuda")  # noqa: E731
+    small.table = torch.arange(some // kv.page, dtype=torch.int32, device=device).view(1, -1)
+    draw = lambda *s: torch.randn(*s, device=device)  # noqa: E731
     k = draw(1, kv_heads, some, d) * (0.2 + 3 * draw(1, kv_heads, 1, d).abs()) + 4 * draw(1, kv_heads, 1, d)
     q, v = draw(1, kv_heads, some, d) / 4, draw(1, kv_heads, some, d)
     reference.cache_append(small, layout, q.to(dtype), k.to(dtype), v.to(dtype), None)
     wide = {n: getattr(small, n).expand(batch, *getattr(small, n).shape[1:]).contiguous() for n in one
             if n not in ("pages", "table")}  # fmt: skip
     buf = CacheBuffers(pages=small.pages.repeat(-(-count // len(small.pages)), 1, 1)[:count].contiguous(),
-                       table=torch.randperm(count, device="cuda").int().view(batch, per), **wide)  # fmt: skip
+                       table=torch.randperm(count, device=device).int().view(batch, per), **wide)  # fmt: skip
     buf.length.fill_(tokens)
     return buf
 

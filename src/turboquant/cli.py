@@ -65,7 +65,7 @@ Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU, bfloat16 on a 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", callback=lambda on: _hush(on))]
 
 
 def _version(value: bool) -> None:
@@ -82,6 +82,13 @@ def main(
     """See `app`."""
     # Before torch is loaded: CPU threads that wait sleep instead of spinning, or a busy machine crawls.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _hush(quiet: bool) -> bool:
+    """Switches the bars off too that other libraries draw while a model is loaded; they look once, when imported."""
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"
+    return quiet
 
 
 def _console(json: str | None = None) -> Any:
@@ -116,15 +123,9 @@ def _put_json(out: str | None, value: Any) -> None:
 
 
 def _load(
-    model: str,
-    dtype: str,
-    device: str,
-    threads: int | None,
-    seed: int,
-    recipes: list[str],
-    texts: list[Path],
+    model: str, dtype: str, device: str, threads: int | None, seed: int, recipes: list[str], texts: list[Path],
     outputs: tuple[Any, ...],
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any]:  # fmt: skip
     """The model and its tokenizer, after everything has been checked that can be checked without them."""
     from turboquant.evaluate.fidelity import scheme
     from turboquant.evaluate.models import load

@@ -1,6 +1,7 @@
 """Instruments for linear layers: fidelity, baselines, what enters the layers, speed, quantizing into a folder."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -184,3 +185,14 @@ def test_commands(tiny_folder, tmp_path, prose):
     done = run("generate", tiny_folder, "Hello there.", "-r", "w8a8", "--max-new-tokens", 3, "--json", "-")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["new_tokens"] == 3 and json.loads(done.stdout)["pages_bytes"] == 0
+    assert "w8a8 leaves it alone" in done.stderr and "0.00 packed" not in done.stderr
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_quiet_hushes_the_bars_of_loading(quiet):
+    """transformers draws them with tqdm, while it reads a GGUF file for one."""
+    draw = "from transformers.utils.logging import tqdm; from tqdm.auto import tqdm as t; [*t([1]), *tqdm([1])]"
+    code = f"from turboquant.cli import app\ntry: app(['bench', 'x', *{['-q'] * quiet}])\nexcept SystemExit: {draw}"
+    env = {k: v for k, v in os.environ.items() if k != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=env)
+    assert ("1/1" in done.stderr) != quiet, done.stderr

@@ -123,6 +123,7 @@ TRITON = """
     import os
     import torch, torch.nn.functional as F
     from turboquant.kernels.triton.rows import fused_quantize, tile_of
+    from turboquant.kernels.fused import NormRule, rms_norm
     from turboquant.maths.activations import encode_int8
     assert tile_of(96) == (32, 1, 16) and tile_of(14336) == (64, 32, 256) and tile_of(16384) == (64, 256, 256)
     for width in (16, 96, 576, 896, 1536, 3 * 8192, 4096):
@@ -131,13 +132,18 @@ TRITON = """
             x[..., 5] *= 30
             w, g = torch.rand(width).add(0.5).to(dtype), torch.randn(2, 3, width).to(dtype)
             normed = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+            kept = torch.full_like(x, torch.nan)
             cases = [
                 (fused_quantize(x), x),
                 (fused_quantize(x, norm=w, eps=1e-5), normed * w),
                 (fused_quantize(x, norm=w, eps=1e-5, shift=1.0), (normed.float() * (1 + w.float())).to(dtype)),
+                (fused_quantize(x, norm=w, eps=1e-5, once=True, keep=kept), rms_norm(x, w, NormRule(1e-5, once=True))),
                 (fused_quantize(x, gate=g), F.silu(g) * x),
+                (fused_quantize(x, gate=g, activation="gelu_tanh"), F.gelu(g, approximate="tanh") * x),
                 (fused_quantize(x.transpose(0, 1)), x.transpose(0, 1)),
             ]
+            tight = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(kept, cases[3][1], **tight)
             for i, (got, seen) in enumerate(cases):
                 want = encode_int8(seen)
                 assert got.codes.shape == seen.shape and got.unit.shape == (*seen.shape[:-1], 1)

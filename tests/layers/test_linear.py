@@ -274,6 +274,59 @@ def test_compiles_as_one_graph(recipe):
             layer(x)
             seen = layer.state_dict()
             want = layer.slot(x, layer.bias)
-        got = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        got = compiled(x)
+        with use_backend("triton"), pytest.raises(Exception, match=r"'triton' was asked for.*runs on 'reference'"):
+            compiled(x)
+    with pytest.raises(Exception, match="compute no gradients"):
+        compiled(x.clone().requires_grad_())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert all(torch.equal(t, seen[key]) for key, t in layer.state_dict().items())
+
+
+def test_codes_that_a_backend_holds_in_its_own_layout_are_stowed_away(monkeypatch):
+    """As on a GPU, with a weight that says it is on one: once the whole weight is prepared, never before."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor).clone()
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for make_slots in (1, 4):
+        if make_slots == 1:
+            module, _ = make("w4a8")
+            slot = module.slot
+        else:
+            model = nn.ModuleDict({"experts": Experts()})
+            quantize_model(model, Plan(parse_recipe("w4a8")))
+            module = model.experts
+            slot = module.slots["gate_up_proj"]
+        saved = module._buffers[slot.name].clone()
+        module._buffers[slot.name] = saved.as_subclass(OnGPU)
+        want = {k: t.clone().as_subclass(torch.Tensor) for k, t in module.state_dict().items()}
+        x = torch.randn(5, slot.shape[-1])
+        for e in range(make_slots):
+            assert isinstance(module._buffers[slot.name], OnGPU)
+            expert = None if make_slots == 1 else e
+            slot(x, None, expert)
+            slot.states[expert].prepared["cuda"] = [torch.zeros(2000)]
+            slot(x, None, expert)
+        assert type(module._buffers[slot.name]) is torch.Tensor
+        assert slot.nbytes(x.device, read=True) == make_slots * 8000
+        assert all(torch.equal(t, want[k]) for k, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_are_those_of_the_float_layer_with_the_decoded_weight(recipe):
+    layer, _ = make(recipe)
+    layer.bias.requires_grad_(True)
+    x, g = torch.randn(2, 5, 96, requires_grad=True), torch.randn(2, 5, 48)
+    with torch.no_grad():
+        want = layer(x)
+    y = layer(x)
+    assert torch.equal(y, want)
+    y.backward(g)
+    torch.testing.assert_close(x.grad, g @ layer.slot.dequantized())
+    torch.testing.assert_close(layer.bias.grad, g.sum((0, 1)))

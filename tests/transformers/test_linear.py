@@ -276,6 +276,26 @@ def test_adapters_read_the_unquantized_input(saved, ids):
     torch.testing.assert_close(share, x @ a.T @ b.T * layer.scaling["default"], rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_learn(saved, ids):
+    """Gradients reach the adapters of the first layer through quantized ones, and a few steps lower the loss."""
+    from peft import LoraConfig, get_peft_model
+
+    _, folder = saved("llama-gqa")
+    q = load(folder, "w4a8")
+    assert q.hf_quantizer.is_trainable
+    model = get_peft_model(q, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    steps = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        first = model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.grad
+        assert first.abs().sum() > 0
+        steps.step(), steps.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05, losses
+
+
 @pytest.mark.slow
 def test_gguf_is_quantized_after_loading(smollm2_gguf):
     """transformers does not combine GGUF files with a quantization_config; `quantize_model` takes the loaded model."""

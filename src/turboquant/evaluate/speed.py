@@ -13,6 +13,7 @@ from turboquant.evaluate.errors import EvaluateError
 from turboquant.evaluate.fidelity import BASE, linear_kernels, scheme, scheme_name
 from turboquant.evaluate.linear import LinearBaseline, linear_scheme
 from turboquant.kernels.ops import explain
+from turboquant.layers.convert import Quantized
 from turboquant.recipe import Recipe
 
 
@@ -32,7 +33,8 @@ def bench(
         rows, the model as it was loaded first: {"recipe", "dtype", "device", "prompt", "new", "batch",
         "prefill_tokens_per_second", "decode_tokens_per_second", "prefill_speedup", "decode_speedup", "weight_bytes",
         "cache_bytes", "moved_bytes" (read for one decode step: every weight but the input embeddings, and the cache),
-        "moved_share" (of the base's), "linear_kernel", "cache_kernel"}. Bytes are those of the tensors that are held.
+        "moved_share" (of the base's), "linear_kernel", "cache_kernel"}. Bytes are those of the tensors
+        that the device holds, with what its kernels prepared of packed weights.
 
     Raises:
         EvaluateError, RecipeError: before any work.
@@ -85,10 +87,17 @@ def _time(model: Any, s: Any, ids: torch.Tensor, new: int, repeats: int, progres
         if progress:
             progress(name, i + 1, repeats + 1)
     b, n = ids.shape
-    weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    slots = [slot for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()]
+    own = {id(t) for slot in slots for t in (*slot.module.buffers(), getattr(slot.module, slot.name))}
+    weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     untied = head is None or getattr(head, "weight", None) is not embedding
-    held = sum(weights.values())
+    held, moved = (
+        sum(weights.values()) + sum(slot.nbytes(ids.device, read) for slot in slots) for read in (False, True)
+    )
+    held, moved = (
+        sum(weights.values()) + sum(slot.nbytes(ids.device, read) for slot in slots) for read in (False, True)
+    )
     kept = cache.nbytes()["total"] if hasattr(cache, "nbytes") else sum(
         x.keys.nbytes + x.values.nbytes for x in cache.layers if getattr(x, "keys", None) is not None
     )  # fmt: skip
@@ -104,7 +113,7 @@ def _time(model: Any, s: Any, ids: torch.Tensor, new: int, repeats: int, progres
         "decode_tokens_per_second": b / statistics.median(decode),
         "weight_bytes": held,
         "cache_bytes": kept,
-        "moved_bytes": held - (embedding.nbytes if untied else 0) + kept,
+        "moved_bytes": moved - (embedding.nbytes if untied else 0) + kept,
         "linear_kernel": linear_kernels(model, ids.device) or "torch",
         "cache_kernel": ", ".join(sorted(kernels)),
     }

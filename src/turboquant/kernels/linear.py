@@ -36,6 +36,28 @@ class LinearSpec:
     dtype: torch.dtype = torch.float32
 
 
+@dataclass(frozen=True)
+class Coded:
+    """An input of a linear layer that exists as its quantized rows alone.
+
+    Attributes:
+        rows: the codes. dtype: that of the input they stand for, and of the output.
+    """
+
+    rows: Int8Rows
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """(..., K)."""
+        return self.rows.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.rows.codes.device
+
+
 @dataclass
 class Hot:
     """The hot channels of a layer's input at 4 bit.
@@ -63,11 +85,15 @@ class Shared:
         """make(), or what it gave last time if x is that very tensor, unchanged, and key is equal."""
         if torch.compiler.is_compiling() or x.is_inference():
             return make()
-        key = (x._version, key)
-        if self._of is not None and self._of() is x and self._key == key:
+        if self._of is not None and self._of() is x and self._key == (x._version, key):
             return self._rows
-        self._rows, self._key, self._of = make(), key, weakref.ref(x, self._forget)
-        return self._rows
+        rows = make()
+        self.put(x, key, rows)
+        return rows
+
+    def put(self, x: Tensor, key: Any, rows: Any) -> None:
+        """Let `take` find rows for x; not for tensors of inference mode, whose changes are not counted."""
+        self._rows, self._key, self._of = rows, (x._version, key), weakref.ref(x, self._forget)
 
     def _forget(self, ref: Any) -> None:
         if ref is self._of:
@@ -82,6 +108,18 @@ class LinearState:
     shared: Shared | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
     run: Callable[..., Tensor] | None = None  # the op of the backend that ran last
+    backend: str = ""  # its name
+
+
+def rows_of(
+    x: Tensor | Coded, recipe: ActivationRecipe, state: LinearState, make: Callable[..., Any]
+) -> Int8Rows | Int4Rows:
+    """The quantized rows of a layer's input: those that it is, those that were made of it before, or make(x, recipe,
+    state.hot)."""
+    if isinstance(x, Coded):
+        return x.rows
+    new = lambda: make(x, recipe, state.hot)  # noqa: E731
+    return state.shared.take(x, recipe, new) if state.shared and recipe.bits == 8 else new()
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -107,7 +145,7 @@ def dequantize(rows: Int8Rows | Int4Rows, hot: Hot | None = None) -> Tensor:
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Coded,
     weight: PackedTensor | Tensor,
     bias: Tensor | None,
     recipe: ActivationRecipe | None,
@@ -116,7 +154,7 @@ def linear(
     """x·Wᵀ + bias with quantized operands.
 
     Args:
-        x: (..., K) of any float dtype.
+        x: (..., K) of any float dtype; `Coded` only with a recipe of 8 bit.
         weight: packed (N, K), in the rotated basis if there is a recipe; or a float tensor (N, K), as it was.
         bias: (N,) or None.
         recipe: of the activations; None leaves x as it is.
@@ -125,12 +163,12 @@ def linear(
         (..., N) in x's dtype, computed in fp32 where the weight is packed.
     """
     if recipe is None:
+        assert isinstance(x, Tensor)
         if isinstance(weight, Tensor):
             return F.linear(x, weight, bias)
         y = F.linear(x.float(), weight.dequantize())
     else:
-        make = lambda: quantize(x, recipe, state.hot)  # noqa: E731
-        rows = state.shared.take(x, recipe, make) if state.shared and recipe.bits == 8 else make()
+        rows = rows_of(x, recipe, state, quantize)
         if isinstance(weight, Tensor):
             return F.linear(dequantize(rows, state.hot).to(x.dtype), weight, bias)
         codes = rows.codes if isinstance(rows, Int8Rows) else rows.int8()

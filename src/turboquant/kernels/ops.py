@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turboquant.kernels.linear import LinearSpec, LinearState
+from turboquant.kernels.linear import Coded, LinearSpec, LinearState
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe, parse_recipe
 
 OPS = ("cache_append", "cache_attention")
-LINEAR_OPS = ("rotate", "quantize", "linear")
+LINEAR_OPS = ("rotate", "quantize", "norm_quantize", "gate_quantize", "linear")
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
 INTERPRETED = {"triton": "cpu"}  # device type on which a backend is an interpreter, which "auto" does not choose
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
+_compiled_forced = (
+    "auto"  # the same, where the compiler looks: it guards what it read of a module, and traces no ContextVar
+)
 
 
 class BackendError(RuntimeError):
@@ -101,11 +104,14 @@ def use_backend(name: str) -> Iterator[None]:
     known = ("auto", *BACKENDS)
     if name not in known:
         raise BackendError(f"backend {name!r} is not known: choose one of {known}")
-    token = _forced.set(name)
+    global _compiled_forced
+    token, before = _forced.set(name), _compiled_forced
+    _compiled_forced = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _compiled_forced = before
 
 
 def explain(
@@ -131,6 +137,11 @@ def explain_linear(spec: LinearSpec, device: torch.device | str = "cpu") -> list
     rows = _explain(LINEAR_OPS, spec, torch.device(device), ANY)
     if rows[-1]["kernel"] == "reference":  # it quantizes its rows itself
         rows[:-1] = [r | {"kernel": "reference", "why": "part of the reference's linear"} for r in rows[:-1]]
+        return rows
+    quantizes = next(r["kernel"] for r in rows if r["op"] == "quantize")
+    for r in rows:
+        if r["op"] in ("norm_quantize", "gate_quantize") and r["kernel"] == "reference":
+            r |= {"kernel": quantizes, "why": f"quantize after the model's own operations: {r['why']}"}
     return rows
 
 
@@ -249,7 +260,7 @@ def quantize(x: Tensor, recipe: ActivationRecipe, *args: Any, spec: LinearSpec |
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Coded,
     weight: PackedTensor | Tensor,
     bias: Tensor | None,
     recipe: ActivationRecipe | None,
@@ -258,14 +269,41 @@ def linear(
 ) -> Tensor:
     """A linear layer with quantized operands; contract in `linear.linear`.
 
-    While a model is compiled the choice of its last ordinary call stands: the compiler cannot trace the choosing.
+    While a model is compiled the choice of its last ordinary call stands: the compiler cannot trace the choosing. A
+    backend that was asked for must be that one.
     """
     if torch.compiler.is_compiling():
         if state.run is None:
             raise BackendError("call a quantized model once before it is compiled: that chooses its kernels")
+        if _compiled_forced not in ("auto", state.backend):
+            raise BackendError(
+                f"backend {_compiled_forced!r} was asked for, and the model to compile runs on {state.backend!r}: call "
+                "it once within use_backend before it is compiled"
+            )
     else:
-        state.run = _linear_op("linear", spec, x.device)
+        state.backend = _chosen("linear", spec, x.device, _forced.get())
+        state.run = import_module(f"turboquant.kernels.{state.backend}").linear
     return state.run(x, weight, bias, recipe, state)
+
+
+def fused(op: str, spec: LinearSpec, device: torch.device) -> Any:
+    """A kernel's "norm_quantize" or "gate_quantize" for a layer of 8-bit inputs, contracts in `fused`.
+
+    Returns:
+        None where no backend has one, or the layer itself runs on the reference, which quantizes its rows itself.
+    """
+    return _fused(op, spec, device, _forced.get())
+
+
+@lru_cache(maxsize=4096)
+def _fused(op: str, spec: LinearSpec, device: torch.device, forced: str) -> Any:
+    if spec.activation_bits != 8:
+        return None
+    try:
+        names = [choose(o, spec, device)[0] for o in ("linear", op)]
+    except BackendError:  # one was asked for that lacks this op: its own quantize runs
+        return None
+    return None if "reference" in names else getattr(import_module(f"turboquant.kernels.{names[1]}"), op)
 
 
 def _linear_op(op: str, spec: LinearSpec | None, device: torch.device) -> Any:

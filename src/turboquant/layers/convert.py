@@ -10,18 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turboquant.kernels.fused import NormRule
 from turboquant.kernels.linear import Shared
+from turboquant.layers.fused import fuse, norm_before, norm_rule, unfuse
 from turboquant.layers.linear import QuantExperts, QuantLinear
 from turboquant.recipe import Recipe, RecipeError, parse_recipe
 
 Quantized = QuantLinear | QuantExperts
 PRODUCTS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))  # of stacks of experts, as transformers names them
-NORM_BEFORE = {  # which norm of the block scales the input of which layer
-    "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
-    "qkv_proj": "input_layernorm",
-    "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm",
-    "gate_up_proj": "post_attention_layernorm",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,23 +162,12 @@ def shell(
 
 def norm_prior(model: nn.Module, name: str) -> Tensor | None:
     """Scale of the input channels of a layer by the weight of the norm before it, None if there is none known."""
-    parent, _, last = name.rpartition(".")
-    norm = NORM_BEFORE.get(last)
-    if norm is None:
+    found = norm_before(model, name)
+    weight = getattr(found[1], "weight", None) if found else None
+    if found is None or not isinstance(weight, Tensor) or weight.is_meta:
         return None
-    block = parent.rpartition(".")[0]
-    try:
-        block_module = model.get_submodule(block)
-        if norm == "post_attention_layernorm" and hasattr(block_module, "pre_feedforward_layernorm"):
-            norm = "pre_feedforward_layernorm"  # Gemma's block has a norm on either side of each part
-        module = block_module.get_submodule(norm)
-        weight = module.weight
-    except AttributeError:
-        return None
-    if not isinstance(weight, Tensor) or weight.is_meta:
-        return None
-    w = weight.detach().float()
-    return (w + 1 if type(module).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm") else w).abs()
+    rule = norm_rule(found[1])
+    return (weight.detach().float() + (rule.shift if isinstance(rule, NormRule) else 0.0)).abs()
 
 
 def start_trackers(model: nn.Module) -> None:
@@ -231,6 +216,7 @@ def quantize_model(
         _put(model, name, new)
         if progress:
             progress("layers", i + 1, len(found))
+    fuse(model)
     return rows
 
 
@@ -243,6 +229,7 @@ def quantized(
     try:
         yield quantize_model(model, plan, head, moments)
     finally:
+        unfuse(model)
         for name, module in kept.items():
             _put(model, name, module)
 
@@ -271,6 +258,7 @@ def row(name: str, slot: Any, w: Tensor) -> dict[str, Any]:
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Put ordinary linear layers back in place, with the weights as they decode. Experts become modules that compute
     with dequantized stacks of the same names."""
+    unfuse(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             w = module.slot.dequantized().to(dtype or torch.float32)

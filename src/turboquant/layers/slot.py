@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from turboquant.kernels import ops
-from turboquant.kernels.linear import Hot, LinearSpec, LinearState, Shared
+from turboquant.kernels.linear import Coded, Hot, LinearSpec, LinearState, Shared
 from turboquant.maths.activations import HotTracker
 from turboquant.maths.rotation import rotate, unrotate
 from turboquant.packed.tensor import NAMES, PackedTensor
@@ -167,8 +167,21 @@ class Slot:
             assert self._hot.weight is not None
             self._hot.weight.copy_(columns)
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
-        """x (..., K) through the weight, or through one expert's: (..., N) in x's dtype."""
+    def __call__(self, x: Tensor | Coded, bias: Tensor | None = None, expert: int | None = None) -> Tensor:
+        """x (..., K) through the weight, or through one expert's: (..., N) in x's dtype.
+
+        Raises:
+            RuntimeError: gradients are asked for in a compiled model.
+        """
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "compiled quantized layers compute no gradients: call the model under torch.no_grad()"
+                )
+            return _StraightThrough.apply(x, bias, self, expert)
+        return self._run(x, bias, expert)
+
+    def _run(self, x: Tensor | Coded, bias: Tensor | None, expert: int | None) -> Tensor:
         if self.tracked and self._hot is None:
             self._take_columns()
         if expert not in self.states:
@@ -181,7 +194,60 @@ class Slot:
             weight = weight if expert is None else weight[expert]
         else:
             weight = self.packed() if expert is None else self.packed().select(expert)
-        return ops.linear(x, weight, bias, self.recipe.activations, self.states[expert], self.spec(x.dtype))
+        y = ops.linear(x, weight, bias, self.recipe.activations, self.states[expert], self.spec(x.dtype))
+        if self.states[expert].prepared and not torch.compiler.is_compiling():
+            self._stow()
+        return y
+
+    def _stow(self) -> None:
+        """Keep the codes on the host once a GPU's kernel has the whole weight in a layout of its own, so that the GPU
+        holds it once. Whatever decodes the codes brings them back for that time."""
+        key, count = self.name, self.shape[0] if len(self.shape) == 3 else 1
+        codes = self.module._buffers.get(key)
+        if codes is None or not codes.is_cuda or torch.cuda.is_current_stream_capturing():
+            return
+        if sum(bool(s.prepared) for s in self.states.values()) == count:
+            self.module._buffers[key] = codes.cpu()
+
+    def nbytes(self, device: torch.device, read: bool = False) -> int:
+        """Bytes of this weight on a device: its buffers, and what a backend prepared.
+
+        Args:
+            read: those alone that a step reads: what was prepared of the whole weight stands for it.
+        """
+        saved = [b for k, b in self.module._buffers.items() if k.startswith(self.name) and b is not None]
+        if self.recipe.weights is None:
+            saved.append(getattr(self.module, self.name))
+        ready = [t for s in self.states.values() for t in _tensors(list(s.prepared.values()))]
+        one, two = (sum(t.nbytes for t in some if t.device.type == device.type) for some in (saved, ready))
+        if not read:
+            return one + two
+        return two if two >= sum(t.nbytes for t in saved[:1]) else one
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Gradients on every backend alike: those of a float layer with the weight as it decodes, rounding of the input
+    being taken for the identity. The packed weight gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, slot: Slot, expert: int | None) -> Tensor:
+        ctx.slot, ctx.expert = slot, expert
+        return slot._run(x.detach(), bias, expert)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g, (for_x, for_bias, *_) = grads[0], ctx.needs_input_grad
+        back = (g.float() @ ctx.slot.dequantized(ctx.expert)).to(g.dtype) if for_x else None
+        return back, g.flatten(0, -2).sum(0) if for_bias else None, None, None
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    """All tensors in lists, tuples and modules."""
+    if isinstance(x, nn.Module):
+        return [*x.parameters(), *x.buffers()]
+    if isinstance(x, list | tuple):
+        return [t for y in x for t in _tensors(y)]
+    return [x] if isinstance(x, Tensor) else []
 
 
 def keep_dtypes(module: nn.Module, fn: Any) -> None:

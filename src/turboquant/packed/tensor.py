@@ -76,8 +76,8 @@ class PackedTensor:
         return PackedTensor(self.codes[index], self.scale[index], self.zero[index])
 
     def coded(self) -> WeightCodes:
-        """Unpacked integers."""
-        return WeightCodes(unpack(self.codes, 4), self.scale, self.zero)
+        """Unpacked integers, where the scales are: codes may be kept on the host, see `layers.slot`."""
+        return WeightCodes(unpack(self.codes.to(self.scale.device), 4), self.scale, self.zero)
 
     def dequantize(self, stages: int | None = None) -> Tensor:
         """(..., N, K) fp32 from the first `stages` stages, by default from all."""

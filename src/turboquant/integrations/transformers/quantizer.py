@@ -22,6 +22,7 @@ from turboquant.layers.convert import (
     start_trackers,
     targets,
 )
+from turboquant.layers.fused import fuse
 from turboquant.packed.checkpoint import CheckpointError, check
 from turboquant.recipe import parse_recipe
 
@@ -125,6 +126,7 @@ class TurboQuantizer(HfQuantizer):
                     slot.forget()
         if not self.pre_quantized:
             start_trackers(model)
+        fuse(model)
         if any(isinstance(m, Quantized) for m in model.modules()):
             # The saved names are the modules' own: nothing is to be turned back into a checkpoint's names.
             model._weight_conversions = []
@@ -141,8 +143,9 @@ class TurboQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top of frozen packed weights can be trained, weights alone cannot."""
-        return False
+        """Adapters on top of the packed weights can be trained: gradients pass the layers. The weights themselves
+        stand."""
+        return True
 
 
 def quantize(

@@ -18,4 +18,4 @@ __all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "linear", "
 
 def supports(op: str, layout: Any, device: Any) -> str | None:
     """None if the op can run, else why not."""
-    return (_linear if op in ("linear", "quantize", "rotate") else cache).supports(op, layout, device)
+    return (cache if op.startswith("cache_") else _linear).supports(op, layout, device)

@@ -20,7 +20,7 @@ __all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "linear", "
 
 def supports(op: str, layout: Any, device: torch.device) -> str | None:
     """None if the op can run, else why not."""
-    if op in ("linear", "quantize", "rotate"):
+    if not op.startswith("cache_"):
         return _linear.supports(op, layout, device)
     if device.type != "cuda":
         return f"cuda: tensors are on {device.type}"

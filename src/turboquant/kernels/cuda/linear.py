@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels import ops
-from turboquant.kernels.linear import LinearSpec, LinearState
+from turboquant.kernels.linear import Coded, LinearSpec, LinearState, rows_of
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe
@@ -84,26 +84,25 @@ def multiply(layers: list[Any], rows: Tensor, unit: Tensor | None) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: PackedTensor, bias: Tensor | None, recipe: ActivationRecipe | None, state: LinearState
+    x: Tensor | Coded, weight: PackedTensor, bias: Tensor | None, recipe: ActivationRecipe | None, state: LinearState
 ) -> Tensor:
     """Contract in `kernels.linear.linear`; sums run in another order and outputs are rounded to 16 bit."""
     dtype, key = x.dtype, f"cuda {x.dtype}"
     if key not in state.prepared:
         state.prepared[key] = prepare(weight, 16 if recipe is None else 8, dtype)
     layers, (n, k) = state.prepared[key], weight.shape
-    flat = x.reshape(-1, k)
-    if len(flat) == 0:
-        return x.new_empty(*x.shape[:-1], n)
+    if 0 in x.shape:
+        return torch.empty(*x.shape[:-1], n, dtype=dtype, device=x.device)
     if recipe is None:
-        y = multiply(layers, flat.to(dtype).contiguous(), None)
+        assert isinstance(x, Tensor)
+        y = multiply(layers, x.reshape(-1, k).contiguous(), None)
     else:
         with ops.use_backend("auto"):  # humming has no quantizer
-            make = lambda: ops.quantize(x, recipe, state.hot)  # noqa: E731
-            rows = state.shared.take(x, recipe, make) if state.shared and recipe.bits == 8 else make()
+            rows = rows_of(x, recipe, state, ops.quantize)
         codes = rows.codes if isinstance(rows, Int8Rows) else rows.int8()
         y = multiply(layers, codes.reshape(-1, k).contiguous(), rows.unit.reshape(-1, 1))
         if isinstance(rows, Int4Rows) and state.hot is not None and state.hot.weight is not None:
-            hot = (rows.hot.float() * rows.hot_unit).reshape(len(flat), -1)
+            hot = (rows.hot.float() * rows.hot_unit).reshape(len(y), -1)
             y = y + (hot @ state.hot.weight.T).to(y.dtype)
     y = y.view(*x.shape[:-1], n)
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (y if bias is None else y + bias).to(dtype)

@@ -32,7 +32,7 @@ def supports(op: str, layout: Any, device: torch.device) -> str | None:
         return "triton: tensors are on cpu, where only its interpreter runs (TRITON_INTERPRET=1, for tests)"
     if importlib.util.find_spec("triton") is None:
         return "triton: not installed"
-    if op in ("quantize", "rotate", "linear"):
+    if not op.startswith("cache_"):
         inputs, bits = getattr(layout, "inputs", 0), getattr(layout, "activation_bits", 8)
         if inputs % 16 or bits != 8:
             return f"triton: quantizes to 8 bit and in sixteens, not {inputs} inputs to {bits} bit"
@@ -70,3 +70,17 @@ def quantize(*args: Any, **kwargs: Any) -> Any:
     from turboquant.kernels.triton import rows
 
     return rows.quantize(*args, **kwargs)
+
+
+def norm_quantize(*args: Any, **kwargs: Any) -> Any:
+    """See `rows.norm_quantize`."""
+    from turboquant.kernels.triton import rows
+
+    return rows.norm_quantize(*args, **kwargs)
+
+
+def gate_quantize(*args: Any, **kwargs: Any) -> Any:
+    """See `rows.gate_quantize`."""
+    from turboquant.kernels.triton import rows
+
+    return rows.gate_quantize(*args, **kwargs)

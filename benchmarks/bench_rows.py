@@ -1,0 +1,216 @@
+"""What quantizing rows costs on one GPU: the kernel by itself, over the norm or activation that bf16 runs anyway, and
+in front of the product, with several ways to launch it.
+
+PYTHONPATH=src python benchmarks/bench_rows.py --json rows.json
+PYTHONPATH=src python benchmarks/bench_rows.py --plot rows.json rows.png        # from what an earlier run wrote
+
+Medians over replays of CUDA graphs. `hot`: the rows lie in L2, as in a model that has just written them; `cold`: over
+so many rows that none does. A chain is norm (or activation, or nothing) and product over cold weights, as in a model,
+and `early` says whether a kernel may be set up while the one before it runs (programmatic dependent launch). Two
+overheads, in percent of the w4a8 product: `alone`, all that comes before the product; `net`, that less what bf16 pays
+for its norm (torch's rms_norm) or activation (silu, then a product of two tensors). A launch whose rows are farther
+from the exact ones than twice what plain torch loses gets no figure, and the run ends with exit code 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_linear import COLD, median_ms, relative
+from fidelity import machine
+
+from turboquant.maths.activations import decode_int8, encode_int8
+from turboquant.packed.tensor import PackedTensor
+from turboquant.recipe import WeightRecipe
+
+KINDS = {"plain": 4096, "norm": 4096, "gate": 14336}
+SHAPES = {"o": (4096, "plain"), "qkv": (6144, "norm"), "down": (4096, "gate")}  # N, what comes before; K as of KINDS
+ROWS = (1, 16, 64, 256, 2048)
+
+
+def launches(m: int, k: int) -> Iterator[tuple[str, Any]]:
+    """(name, Launch) worth trying for m rows of k numbers."""
+    from turboquant.kernels.triton.rows import LARGEST_SWEPT, LAUNCH, Launch
+
+    yield "default", LAUNCH
+    for warps in (2.0, 4.0) if m <= 16 else (0.5, 2.0):
+        yield f"warps x{warps:g}", Launch(warps=warps)
+    if m >= 256 and k <= LARGEST_SWEPT:
+        yield "a row a program", Launch(sweep_from=1 << 30)
+        for programs in (132, 264, 1056):
+            yield f"{programs} programs", Launch(sweep_from=256, programs=programs)
+
+
+def operands(kind: str, m: int, k: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """Arguments of `fused_quantize`, and what it should see in fp32."""
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    x[:, :: k // 7] *= 30
+    if kind == "norm":
+        w = torch.rand(k, device="cuda").add(0.5).bfloat16()
+        exact = F.rms_norm(x.float(), (k,), None, 1e-6).bfloat16().float() * w.float()
+        return {"x": x, "norm": w, "keep": torch.empty_like(x)}, exact
+    if kind == "gate":
+        g = torch.randn_like(x)
+        return {"x": x, "gate": g}, F.silu(g.float()).bfloat16().float() * x.float()
+    return {"x": x}, x.float()
+
+
+def plain(kind: str, a: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    """What bf16 runs in its place."""
+    if kind == "norm":
+        return lambda: F.rms_norm(a["x"], a["x"].shape[-1:], a["norm"], 1e-6)
+    if kind == "gate":
+        return lambda: F.silu(a["gate"]) * a["x"]
+    return lambda: a["x"]
+
+
+def bench_kernel(kind: str, m: int, args: argparse.Namespace, failed: list[str]) -> list[dict[str, Any]]:
+    """Rows of every launch of one kernel at m rows."""
+    from turboquant.kernels.triton.rows import fused_quantize
+
+    k, rows = KINDS[kind], []
+    one, exact = operands(kind, m, k)
+    own = relative(decode_int8(encode_int8(exact.bfloat16())), exact)
+    moved = m * k * {"plain": 3, "norm": 5, "gate": 5}[kind] + 4 * m
+    many = [{n: t.clone() for n, t in one.items()} for _ in range(max(1, min(64, COLD // moved)))]
+    base = {"what": "kernel", "kind": kind, "k": k, "m": m, "bytes": moved, "bound_ms": moved / args.bandwidth / 1e9}
+    if kind != "plain":
+        hot = median_ms([plain(kind, one)] * 8, args.replays)
+        cold = median_ms([plain(kind, a) for a in many], args.replays)
+        rows.append(base | {"launch": "bf16", "hot_ms": hot, "cold_ms": cold})
+    for name, launch in launches(m, k):
+        error = relative(decode_int8(fused_quantize(**one, launch=launch)), exact)
+        if not error <= 2 * own:
+            failed.append(f"{kind} M={m} {name}: error {error:.5f} over {2 * own:.5f}")
+            continue
+        hot = median_ms([lambda v=launch: fused_quantize(**one, launch=v)] * 8, args.replays)
+        cold = median_ms([lambda a=a, v=launch: fused_quantize(**a, launch=v) for a in many], args.replays)
+        rows.append(base | {"launch": name, "hot_ms": hot, "cold_ms": cold, "error": error})
+    return rows
+
+
+def bench_chain(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each number of rows and way of launching: norm or activation, and the product behind it."""
+    from turboquant.kernels.cuda.linear import multiply, prepare
+    from turboquant.kernels.triton.rows import Launch, fused_quantize
+
+    (n, kind), k = SHAPES[shape], KINDS[SHAPES[shape][1]]
+    w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
+    dense = [w.clone() for _ in range(max(2, COLD // w.nbytes))]
+    packed = PackedTensor.quantize(w, WeightRecipe(4, group=0), None, True)
+    layers = [prepare(packed, 8, torch.bfloat16) for _ in range(max(2, COLD // packed.nbytes))]
+    for m in args.rows:
+        a = operands(kind, m, k)[0]
+        before, codes = plain(kind, a), fused_quantize(**a)
+        row: dict[str, Any] = {"what": "chain", "shape": shape, "n": n, "kind": kind, "k": k, "m": m}
+        x = before()
+        row["bf16_product_ms"] = median_ms([lambda v=v, x=x: F.linear(x, v) for v in dense], args.replays)
+        row["bf16_ms"] = median_ms([lambda v=v, f=before: F.linear(f(), v) for v in dense], args.replays)
+        row["product_ms"] = median_ms([lambda v=v, q=codes: multiply(v, q.codes, q.unit) for v in layers], args.replays)
+        for early in (False, True):
+
+            def chain(v: Any, a: Any = a, launch: Any = Launch(early=early)) -> torch.Tensor:  # noqa: B008
+                q = fused_quantize(**a, launch=launch)
+                return multiply(v, q.codes, q.unit)
+
+            ms = median_ms([lambda v=v, f=chain: f(v) for v in layers], args.replays)
+            alone, pays = ms - row["product_ms"], row["bf16_ms"] - row["bf16_product_ms"]
+            yield row | {
+                "early": early, "ms": ms, "speedup": row["bf16_ms"] / ms,
+                "alone_percent": 100 * alone / row["product_ms"],
+                "net_percent": 100 * (alone - pays) / row["product_ms"],
+            }  # fmt: skip
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of kernels and one of chains; microseconds."""
+    out = ["| before | K | M | launch | hot µs | cold µs | its bytes take |", "|" + "---|" * 7]
+    us = lambda x: f"{1e3 * x:.2f}"  # noqa: E731
+    for r in rows:
+        if r["what"] == "kernel":
+            cells = (r["kind"], r["k"], r["m"], r["launch"], us(r["hot_ms"]), us(r["cold_ms"]), us(r["bound_ms"]))
+            out.append("| " + " | ".join(map(str, cells)) + " |")
+    names = ("chain", "M", "early", "bf16 µs", "of it product", "w4a8 µs", "of it product", "× bf16", "alone", "net")
+    out += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for r in rows:
+        if r["what"] == "chain":
+            cells = (
+                f"{r['kind']} → {r['shape']} {r['n']}×{r['k']}", r["m"], "yes" if r["early"] else "no",
+                us(r["bf16_ms"]), us(r["bf16_product_ms"]), us(r["ms"]), us(r["product_ms"]), f"{r['speedup']:.2f}",
+                f"{r['alone_percent']:+.0f} %", f"{r['net_percent']:+.0f} %",
+            )  # fmt: skip
+            out.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(out)
+
+
+def plot(source: Path, target: Path) -> None:
+    """How the cost grows with the rows: microseconds before the product, and their share of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in json.loads(source.read_text())["rows"] if r["what"] == "chain" and r["early"]]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for i, shape in enumerate(dict.fromkeys(r["shape"] for r in rows)):
+        some = [r for r in rows if r["shape"] == shape]
+        m, color, name = [r["m"] for r in some], f"C{i}", f"{some[0]['kind']} → {shape}"
+        left.plot(m, [1e3 * (r["ms"] - r["product_ms"]) for r in some], "o-", color=color, label=name)
+        left.plot(m, [1e3 * (r["bf16_ms"] - r["bf16_product_ms"]) for r in some], "o:", color=color)
+        right.plot(m, [r["alone_percent"] for r in some], "o-", color=color, label=name)
+        right.plot(m, [r["net_percent"] for r in some], "o--", color=color)
+    left.set(title="before the product (dotted: in bf16)", ylabel="µs", yscale="symlog")
+    right.set(title="% of the w4a8 product (dashed: less what bf16 pays)")
+    for axis in (left, right):
+        axis.set(xscale="log", xlabel="rows")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(target, dpi=110)
+
+
+def main() -> None:
+    """See the top of the file."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS))
+    p.add_argument("--chains", nargs="*", choices=list(SHAPES), default=list(SHAPES), help="these need humming-kernels")
+    p.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    p.add_argument("--replays", type=int, default=12)
+    p.add_argument("--bandwidth", type=float, default=3.0, help="TB/s that a copy reaches")
+    p.add_argument("--json", type=Path)
+    p.add_argument("--plot", type=Path, nargs=2, metavar=("JSON", "PNG"), help="draw an earlier run's chains; no GPU")
+    p.add_argument("--commit", help="what was measured, where git cannot say")
+    args = p.parse_args()
+    if args.plot:
+        plot(*args.plot)
+        return
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+
+    def keep() -> None:
+        if args.json:
+            args.json.write_text(
+                json.dumps({"machine": machine(args.commit), "failed": failed, "rows": rows}, indent=1)
+            )
+
+    for shape in args.chains:
+        rows += bench_chain(shape, args)
+        keep()
+    for kind in args.kinds:
+        for m in args.rows:
+            rows += bench_kernel(kind, m, args, failed)
+        keep()
+    print(markdown(rows))
+    if failed:
+        sys.exit("error: no figure for what does not compute rightly:\n" + "\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Norms and MLPs whose output a quantized layer reads: modules that let one kernel do norm or activation, rotation and
+rounding.
+
+They stand where the model's own modules stood, with the same parameters and children under the same names. A norm
+still returns its output in the model's dtype, for adapters, routers and other readers; the rows go along, to be found
+by the layers that read that very tensor. Which formula a module computes is found by trying: a copy of it with random
+weights must return the formula's output bit for bit, else the module stays as it is. Where no kernel can fuse (another
+device, gradients, a compiled or a forced backend) the formula runs, that is, what ran before.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turboquant.kernels import ops
+from turboquant.kernels.fused import ACTIVATIONS, NormRule, rms_norm
+from turboquant.kernels.linear import Coded
+from turboquant.layers.linear import QuantLinear
+
+NORM_BEFORE = {  # which norm of the block scales the input of which layer
+    "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
+    "qkv_proj": "input_layernorm",
+    "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm",
+    "gate_up_proj": "post_attention_layernorm",
+}  # fmt: skip
+
+
+def norm_before(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
+    """(name, module) of the norm whose output the linear layer `name` reads, None if there is none known."""
+    parent, _, last = name.rpartition(".")
+    norm = NORM_BEFORE.get(last)
+    block = parent.rpartition(".")[0]
+    try:
+        module = model.get_submodule(block)
+    except AttributeError:
+        return None
+    if norm == "post_attention_layernorm":
+        if hasattr(module, "pre_feedforward_layernorm"):
+            norm = "pre_feedforward_layernorm"  # Gemma's block has a norm on either side of each part
+        elif hasattr(module, "post_feedforward_layernorm"):
+            return None  # OLMo 2's has them behind each part alone
+    found = getattr(module, norm, None) if norm is not None else None
+    return (f"{block}.{norm}" if block else str(norm), found) if isinstance(found, nn.Module) else None
+
+
+def _changed(module: nn.Module) -> str | None:
+    """What somebody has hung on a module that a module in its place would not do."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in module.__dict__:
+        return "it has hooks"
+    return None
+
+
+@torch.no_grad()
+def norm_rule(module: nn.Module) -> NormRule | str:
+    """The formula of an RMSNorm, or why it is none of those known."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or len(module._parameters) != 1 or module._buffers:
+        return f"{type(module).__name__} is no norm with a weight alone"
+    if isinstance(module, FusedNorm):
+        return module.rule
+    eps = next((e for n in ("variance_epsilon", "eps") if isinstance(e := getattr(module, n, None), float)), None)
+    if eps is None:
+        return f"{type(module).__name__} has no eps that is known"
+    draw = torch.Generator().manual_seed(0)
+    probe = copy.copy(module)
+    w = (torch.rand(len(weight), generator=draw) + 0.5).to(weight.dtype)
+    probe._parameters = {"weight": nn.Parameter(w, requires_grad=False)}
+    x = torch.randn(4, len(weight), generator=draw) * torch.tensor([1.0, 30.0, 1e-3, 1e-5])[:, None]
+    x = x.to(weight.dtype)
+    try:
+        want = probe(x)
+    except Exception as e:
+        return f"{type(module).__name__} cannot be tried ({type(e).__name__})"
+    for rule in (NormRule(eps), NormRule(eps, 1.0, True), NormRule(eps, 0.0, True)):
+        got = rms_norm(x, w, rule)
+        if isinstance(want, Tensor) and want.dtype == got.dtype and torch.equal(got, want):
+            return rule
+    return f"{type(module).__name__} computes none of the formulas known"
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """down(activation(gate(x))·up(x)); joint: gate and up are the halves of one product."""
+
+    activation: str
+    joint: bool
+
+
+@torch.no_grad()
+def gate_rule(module: nn.Module) -> GateRule | str:
+    """The formula of an MLP, or why it is not known."""
+    kind, have = type(module).__name__, set(module._modules)
+    joint = "gate_up_proj" in have
+    linear = {"gate_up_proj", "down_proj"} if joint else {"gate_proj", "up_proj", "down_proj"}
+    act = next((a for n in ("act_fn", "activation_fn") if callable(a := getattr(module, n, None))), None)
+    if not linear <= have or act is None or module._parameters or module._buffers:
+        return f"{kind} is no MLP of {', '.join(sorted(linear))} and an activation alone"
+    draw = torch.Generator().manual_seed(0)
+    parts: dict[str, nn.Module] = {}
+    for name in sorted(linear):
+        n, k = (32, 16) if name == "gate_up_proj" else (16, 16)
+        parts[name] = nn.Linear(k, n, bias=False)
+        parts[name].weight.data = torch.randn(n, k, generator=draw)
+    probe = copy.copy(module)
+    probe._modules = {**module._modules, **parts}
+    x = torch.randn(9, 16, generator=draw)
+    try:
+        want = probe(x)
+    except Exception as e:
+        return f"{kind} cannot be tried ({type(e).__name__})"
+    gate, up = parts["gate_up_proj"](x).chunk(2, -1) if joint else (parts["gate_proj"](x), parts["up_proj"](x))
+    for name, activation in ACTIVATIONS.items():
+        got = parts["down_proj"](activation(gate) * up)
+        if isinstance(want, Tensor) and torch.equal(got, want):
+            return GateRule(name, joint)
+    return f"{kind} computes no formula known (activations: {', '.join(ACTIVATIONS)})"
+
+
+def _reads_int8(layer: Any) -> bool:
+    """Whether a module is a quantized layer, and nothing else, that takes rows made for it."""
+    if not isinstance(layer, QuantLinear) or _changed(layer):
+        return False
+    a = layer.recipe.activations
+    return a is not None and a.bits == 8
+
+
+class FusedNorm(nn.Module):
+    """An RMSNorm before quantized layers; has the parameter of the module that stood here.
+
+    Args:
+        reader: one of the layers that read its output; they share what they quantize.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, norm: nn.Module, rule: NormRule, reader: QuantLinear) -> None:
+        super().__init__()
+        self.register_parameter("weight", norm._parameters["weight"])
+        self.rule, self.own, self.slot = rule, (norm,), reader.slot
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K) in x's dtype."""
+        run = None
+        if not torch.compiler.is_compiling() and not x.is_inference() and x.numel() and not _wants_grad(x, self.weight):
+            run = ops.fused("norm_quantize", self.slot.spec(x.dtype), x.device)
+        recipe, shared = self.slot.recipe.activations, self.slot.shared
+        if run is None or recipe is None or shared is None:
+            return rms_norm(x, self.weight, self.rule)
+        y, rows = run(x, self.weight, self.rule, recipe)
+        shared.put(y, recipe, rows)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {self.rule}"
+
+
+class FusedMLP(nn.Module):
+    """A gated MLP with a quantized down product; has the children of the module that stood here."""
+
+    gate_proj: Any
+    up_proj: Any
+    gate_up_proj: Any
+    down_proj: Any
+
+    def __init__(self, mlp: nn.Module, rule: GateRule) -> None:
+        super().__init__()
+        self.rule, self.own = rule, (mlp,)
+        for name, child in mlp.named_children():
+            self.add_module(name, child)
+        self.train(mlp.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K) in x's dtype."""
+        if self.rule.joint:
+            gate, up = self.gate_up_proj(x).chunk(2, -1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        down, run = self.down_proj, None
+        if not torch.compiler.is_compiling() and _reads_int8(down) and gate.numel() and not _wants_grad(gate, up):
+            run = ops.fused("gate_quantize", down.slot.spec(gate.dtype), gate.device)
+        if run is None:
+            return down(ACTIVATIONS[self.rule.activation](gate) * up)
+        rows = run(gate, up, self.rule.activation, down.recipe.activations)
+        return down.slot(Coded(rows, gate.dtype), down.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.rule}"
+
+
+def _wants_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def fuse(model: nn.Module) -> list[dict[str, Any]]:
+    """Put fused modules in place of norms and MLPs around quantized layers with 8-bit inputs.
+
+    Returns:
+        one row for each that was looked at: {"name", "op", "fused", "why"}.
+    """
+    rows: list[dict[str, Any]] = []
+    norms: dict[str, tuple[Any, QuantLinear]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear) and _reads_int8(layer) and (found := norm_before(model, name)):
+            norms.setdefault(found[0], (found[1], layer))
+    for name, (norm, layer) in norms.items():
+        if isinstance(norm, FusedNorm):
+            continue
+        narrow = None if norm.weight.shape == (layer.in_features,) else "its width is another"
+        rule: Any = _changed(norm) or narrow or norm_rule(norm)
+        if isinstance(rule, NormRule):
+            _put(model, name, FusedNorm(norm, rule, layer))
+        rows.append(_row(name, "norm_quantize", rule))
+    for name, mlp in list(model.named_modules()):
+        if isinstance(mlp, FusedMLP) or not _reads_int8(getattr(mlp, "down_proj", None)):
+            continue
+        rule = _changed(mlp) or gate_rule(mlp)
+        if isinstance(rule, GateRule):
+            _put(model, name, FusedMLP(mlp, rule))
+        rows.append(_row(name, "gate_quantize", rule))
+    return rows
+
+
+def unfuse(model: nn.Module) -> None:
+    """Put the model's own norms and MLPs back, with the parameters and children that their stand-ins have now."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FusedNorm):
+            module.own[0].weight = module.weight
+        elif isinstance(module, FusedMLP):
+            module.own[0]._modules.update(module._modules)
+        else:
+            continue
+        _put(model, name, module.own[0].train(module.training))
+
+
+def _row(name: str, op: str, rule: Any) -> dict[str, Any]:
+    known = not isinstance(rule, str)
+    return {"name": name, "op": op, "fused": known, "why": str(rule) if known else f"as it is: {rule}"}
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -1,0 +1,160 @@
+"""Norms and MLPs that quantize what they return: found by trying, equal to what ran before, gone on request."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from turboquant.kernels import fused, ops
+from turboquant.layers.convert import Plan, dequantize_model, quantize_model, quantized
+from turboquant.layers.fused import FusedMLP, FusedNorm, fuse, gate_rule, norm_rule, unfuse
+from turboquant.layers.linear import QuantLinear
+from turboquant.recipe import parse_recipe
+
+ODD = {"gpt-oss": (3, 0), "qwen3-next": (2, 3), "lfm2": (0, 0)}  # norms, MLPs fused; others have 6 and 3
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Backends that fuse, as on a GPU: the reference's ops, and how often each was called."""
+    calls = []
+
+    def fake(op, spec, device):
+        def run(*args):
+            calls.append(op)
+            return getattr(fused, op)(*args)
+
+        return run if spec.activation_bits == 8 else None
+
+    monkeypatch.setattr(ops, "fused", fake)
+    return calls
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 90, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(ids, use_cache=False).logits
+
+
+def convert(model, recipe="w4a8"):
+    quantize_model(model, Plan(parse_recipe(recipe)), model.get_output_embeddings())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_architecture_computes_what_it_computed(name, dtype, tiny, ids, kernels):
+    model = tiny(name).to(dtype)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "norm" in n:
+                p.add_(torch.rand_like(p) - 0.5)
+    keys, plain = set(model.state_dict()), copy.deepcopy(model)
+    convert(model), convert(plain), unfuse(plain)
+    assert not any(isinstance(m, FusedNorm | FusedMLP) for m in plain.modules())
+    assert {k for k in model.state_dict() if not k.endswith(("_scale", "_zero"))} == keys
+    want, before = logits(plain, ids), len(kernels)
+    assert before == 0 and torch.equal(logits(model, ids), want)
+    norms, mlps = ODD.get(name, (6, 3))
+    assert (kernels.count("norm_quantize"), kernels.count("gate_quantize")) == (norms, mlps)
+
+
+def test_rows_that_the_norm_made_are_what_its_readers_take(tiny, ids, kernels, monkeypatch):
+    model = convert(tiny("llama-gqa"))
+
+    def wrong(x, weight, rule, recipe):
+        y, rows = fused.norm_quantize(x, weight, rule, recipe)
+        return y, type(rows)(rows.codes * 0, rows.unit)
+
+    want = logits(model, ids)
+    monkeypatch.setattr(ops, "fused", lambda op, spec, device: wrong if op == "norm_quantize" else None)
+    assert not torch.equal(logits(model, ids), want)
+
+
+def test_no_kernel_no_fusing(tiny, ids, monkeypatch):
+    """The formulas run, bit for bit, where the library has no kernel: the reference on a CPU."""
+    model = convert(tiny("llama-gqa"))
+    spec = model.model.layers[0].mlp.down_proj.slot.spec(torch.float32)
+    with ops.use_backend("reference"):
+        assert ops.fused("gate_quantize", spec, torch.device("cpu")) is None
+        want = logits(model, ids)
+        unfuse(model)
+        assert torch.equal(logits(model, ids), want)
+
+
+def test_gradients_take_the_ordinary_way(tiny, ids, kernels):
+    model = convert(tiny("llama-gqa"))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    x = torch.randn(1, 3, 48, requires_grad=True)
+    model.model.layers[0].input_layernorm(x).sum().backward()
+    assert kernels == [] and x.grad.abs().sum() > 0
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm(x)
+    assert kernels == ["norm_quantize"]
+
+
+def test_an_adapter_on_the_down_product_gets_its_float_input(tiny, ids, kernels):
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.seen = base, []
+
+        def forward(self, x):
+            self.seen.append(x)
+            return self.base(x)
+
+    model = convert(tiny("llama-gqa"))
+    want = logits(model, ids)
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = Adapter(mlp.down_proj)
+    kernels.clear()
+    assert torch.equal(logits(model, ids), want) and kernels.count("gate_quantize") == 2
+    assert mlp.down_proj.seen[0].shape == (2, 12, 64) and mlp.down_proj.seen[0].is_floating_point()
+
+
+def test_unfuse_puts_the_models_own_modules_back(tiny, ids, kernels):
+    model = tiny("llama-gqa")
+    own = {n: m for n, m in model.named_modules() if not isinstance(m, nn.Linear)}
+    with quantized(model, Plan(parse_recipe("w8a8")), model.lm_head):
+        assert isinstance(model.model.layers[0].mlp, FusedMLP)
+    assert {n: m for n, m in model.named_modules() if not isinstance(m, nn.Linear)} == own
+    convert(model, "w8a8")
+    model.double()
+    twin = copy.deepcopy(model)
+    dequantize_model(model, torch.float64)
+    assert {n: m for n, m in model.named_modules() if not isinstance(m, nn.Linear)} == own
+    assert type(model.model.layers[0].mlp.down_proj) is nn.Linear and logits(model, ids).dtype == torch.float64
+    assert isinstance(twin.model.layers[0].mlp.down_proj, QuantLinear), "a copy is its own"
+    assert model.model.layers[0].input_layernorm.weight.dtype == torch.float64
+
+
+def test_what_is_not_known_stays(tiny):
+    class Odd(type(tiny("llama-gqa").model.norm)):
+        def forward(self, x):
+            return super().forward(x) * 1.001
+
+    model = tiny("llama-gqa")
+    block = model.model.layers[0]
+    block.input_layernorm = Odd(48)
+    block.post_attention_layernorm.register_forward_hook(lambda *a: None)
+    block.mlp.act_fn = nn.Tanh()
+    model.model.layers[1].input_layernorm = nn.LayerNorm(48)
+    assert "none of the formulas" in norm_rule(block.input_layernorm)
+    assert "no formula known" in gate_rule(block.mlp)
+    convert(model), unfuse(model)
+    why = {r["name"]: r["why"] for r in fuse(model) if not r["fused"]}
+    assert {n.removeprefix("model.layers.") for n in why} == {
+        "0.input_layernorm", "0.post_attention_layernorm", "0.mlp", "1.input_layernorm"
+    }  # fmt: skip
+    assert "hooks" in why["model.layers.0.post_attention_layernorm"]
+
+
+@pytest.mark.parametrize("recipe", ["w4", "w4a4", "a4"])
+def test_only_for_inputs_of_8_bit(recipe, tiny):
+    assert not any(isinstance(m, FusedNorm | FusedMLP) for m in convert(tiny("llama-gqa"), recipe).modules())
