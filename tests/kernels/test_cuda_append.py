@@ -136,7 +136,7 @@ def emulated(monkeypatch, tmp_path):
         folder = tmp_path / f"{layout.kv.name}-{layout.head_dim}-{dtype}".replace(":", "-").replace(",", "-")
         if not folder.exists():
             folder.mkdir()
-            for source in ("append.cu", "rows.cuh"):
+            for source in ("append.cu", "page.cuh", "rows.cuh"):
                 text = (nvrtc.SOURCES / source).read_text()
                 text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = shared_memory;")
                 (folder / source).write_text(text)

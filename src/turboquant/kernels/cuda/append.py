@@ -34,8 +34,8 @@ STORE_THREADS = 256
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/append.cu
     _fields_ = [
         *[(n, ctypes.c_void_p) for n in ("pages", "table", "length", "nonfinite", "starts")],
-        *[(n, ctypes.c_void_p) for n in ("ring_k", "ring_v", "sink_k", "sink_v", "readers", "tracker", "states", "masks")],
-        *[(n, ctypes.c_void_p) for n in ("q", "k", "v")],
+        *[(n, ctypes.c_void_p) for n in ("ring_k", "ring_v", "sink_k", "sink_v", "readers", "tracker")],
+        *[(n, ctypes.c_void_p) for n in ("states", "masks", "q", "k", "v")],
         *[(f"{t}_{s}", ctypes.c_longlong) for t in "qkv" for s in "bhn"],
         *[(n, ctypes.c_int) for n in ("pool", "width", "batch", "heads", "group", "tokens", "slots", "sinks")],
         *[(n, ctypes.c_int) for n in ("samples", "several", "front")],
