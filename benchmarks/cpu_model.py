@@ -5,13 +5,15 @@
 
 Decoding is timed with caches that are filled with random keys and values: what a step costs does not depend on them.
 Contestants take turns, token by token; medians. `growth_ms` is what a token costs with the context less what it costs
-without one, which is attention and cache alone and can be compared with llama.cpp, whose other arithmetic differs. For
-llama.cpp the prompt is really processed (flash attention, q4_0 keys and values), so that its cache is full.
+without one, which is attention and cache alone and can be compared with llama.cpp, whose other arithmetic differs.
+llama.cpp (flash attention, q4_0 keys and values) gets its context as a state: the cells of 256 tokens that it processed,
+repeated at later positions. --really processes the whole prompt instead, which takes minutes and times the same.
 """
 
 import argparse
 import json
 import statistics
+import struct
 import sys
 import time
 from pathlib import Path
@@ -120,25 +122,76 @@ def prefill_rows(model: Any, tokens: int, rounds: int, recipe: str) -> list[dict
     return [row("prefill", recipe, tokens, t, 0.0, size, 0), row("encode", recipe, tokens, e, 0.0, size, 0)]
 
 
-def llama_rows(path: str, contexts: list[int], tokens: int, threads: int) -> list[dict[str, Any]]:
+def repeated(state: bytes, cells: int) -> bytes:
+    """A sequence state of llama.cpp of n tokens, its cells repeated until there are `cells`, at positions of their own.
+
+    The layout (llama-cpp-python 0.3.36): eight bytes of a mark, streams, cells, (position, sequences, sequence) of each
+    cell; then of keys and of values a type, a row's bytes and the rows of every layer, values as rows (flash attention).
+
+    Raises:
+        ValueError: another layout.
+    """
+    at = 8
+
+    def number(code: str) -> int:
+        nonlocal at
+        value = struct.unpack_from("<" + code, state, at)[0]
+        at += struct.calcsize(code)
+        return int(value)
+
+    streams, n = number("I"), number("I")
+    places = [(number("i"), number("I"), number("i")) for _ in range(n)]
+    transposed, layers = number("I"), number("I")
+    if streams != 1 or transposed or places != [(i, 1, 0) for i in range(n)]:
+        raise ValueError("this version of llama.cpp writes its state in another way")
+    head = state[:8] + struct.pack("<II", 1, cells) + b"".join(struct.pack("<iIi", i, 1, 0) for i in range(cells))
+    parts = [head, struct.pack("<II", 0, layers)]
+    for _ in range(2 * layers):
+        parts.append(state[at : at + 12])
+        _type, row_bytes = number("i"), number("Q")
+        rows = state[at : at + n * row_bytes]
+        at += n * row_bytes
+        parts.append((rows * -(-cells // n))[: cells * row_bytes])
+    if at != len(state):
+        raise ValueError("this version of llama.cpp writes its state in another way")
+    return b"".join(parts)
+
+
+def llama_rows(path: str, contexts: list[int], tokens: int, threads: int, really: bool) -> list[dict[str, Any]]:
     """llama.cpp with flash attention and q4_0 keys and values: time per token without and with each context."""
-    from llama_cpp import GGML_TYPE_Q4_0, Llama
+    import ctypes
+
+    import llama_cpp as lib
 
     rows = []
     for context in contexts:
-        llm = Llama(path, n_ctx=context + tokens + 32, n_threads=threads, n_threads_batch=2, n_batch=2048, n_ubatch=512,
-                    flash_attn=True, type_k=GGML_TYPE_Q4_0, type_v=GGML_TYPE_Q4_0, verbose=False)  # fmt: skip
+        llm = lib.Llama(path, n_ctx=context + tokens + 32, n_threads=threads, n_threads_batch=2, n_batch=2048, n_ubatch=512,
+                        flash_attn=True, type_k=lib.GGML_TYPE_Q4_0, type_v=lib.GGML_TYPE_Q4_0, verbose=False)  # fmt: skip
         ms: dict[int, list[float]] = {0: [], context: []}
         for filled in (0, context):
             llm.reset()
-            llm.eval([100 + i % 1000 for i in range(max(filled, 4))])
-            for _ in range(tokens):
+            some = filled if really else min(filled, 256)
+            llm.eval([100 + i % 1000 for i in range(max(some, 4))])
+            if some < filled:
+                size = lib.llama_state_seq_get_size(llm.ctx, 0)
+                held = (ctypes.c_uint8 * size)()
+                if lib.llama_state_seq_get_data(llm.ctx, held, size, 0) != size:
+                    raise SystemExit("llama.cpp gave no state")
+                full = repeated(bytes(held), filled)
+                given = (ctypes.c_uint8 * len(full)).from_buffer_copy(full)
+                if lib.llama_state_seq_set_data(llm.ctx, given, len(full), 0) != len(full):
+                    raise SystemExit("llama.cpp refused the state")
+                llm.n_tokens = filled
+                if lib.llama_memory_seq_pos_max(lib.llama_get_memory(llm.ctx), 0) != filled - 1:
+                    raise SystemExit("llama.cpp holds another number of tokens")
+            for i in range(tokens + 1):
                 start = time.perf_counter()
                 llm.eval([11])
-                ms[filled].append(1e3 * (time.perf_counter() - start))
-        empty, full = statistics.median(ms[0]), statistics.median(ms[context])
+                if i:
+                    ms[filled].append(1e3 * (time.perf_counter() - start))
+        empty, full_ms = statistics.median(ms[0]), statistics.median(ms[context])
         rows += [row("decode", "llama.cpp q4_0", 0, empty, 0.0, 0, 0)]
-        rows += [row("decode", "llama.cpp q4_0", context, full, full - empty, 0, 0)]
+        rows += [row("decode", "llama.cpp q4_0", context, full_ms, full_ms - empty, 0, 0)]
         del llm
     return rows
 
@@ -152,10 +205,11 @@ def main() -> None:
     p.add_argument("--prompt", type=int, default=0, help="also time a prompt of so many tokens and its encoding")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--llama", action="store_true", help="time llama.cpp on MODEL (a GGUF file) instead")
+    p.add_argument("--really", action="store_true", help="let llama.cpp process the whole context")
     p.add_argument("--json", type=Path, metavar="OUT")
     a = p.parse_args()
     if a.llama:
-        rows = llama_rows(a.model, a.context, a.tokens, a.threads)
+        rows = llama_rows(a.model, a.context, a.tokens, a.threads, a.really)
     else:
         import torch
 
