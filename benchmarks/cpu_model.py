@@ -4,14 +4,16 @@
     python benchmarks/cpu_model.py MODEL.gguf --llama --context 8192     # needs llama-cpp-python and numpy only
 
 Decoding is timed with caches that are filled with random keys and values: what a step costs does not depend on them.
-Contestants take turns, token by token; medians. `growth_ms` is what a token costs with the context less what it costs
-without one, which is attention and cache alone and can be compared with llama.cpp, whose other arithmetic differs. For
-llama.cpp the prompt is really processed (flash attention, q4_0 keys and values), so that its cache is full.
+Contestants and contexts take turns, token by token; medians. `growth_ms` is what a token costs with the context less
+what it costs without one, which is attention and cache alone and can be compared with llama.cpp, whose other arithmetic
+differs. llama.cpp (flash attention, q4_0 keys and values) gets its context as a state: the cells of 256 tokens that it
+processed, repeated at later positions. --really processes the whole prompt instead, which takes minutes.
 """
 
 import argparse
 import json
 import statistics
+import struct
 import sys
 import time
 from pathlib import Path
@@ -54,30 +56,28 @@ def decode_rows(model: Any, contexts: list[int], tokens: int, recipe: str) -> li
 
     from turboquant import TurboQuantCache
 
-    rows = []
+    caches, sizes = {}, {}
     for context in [0, *contexts]:
-        caches, sizes = {}, {}
         for name in (recipe, "bf16"):
             before = resident()
-            caches[name] = TurboQuantCache(model, recipe) if name == recipe else DynamicCache(config=model.config)
+            cache = TurboQuantCache(model, recipe) if name == recipe else DynamicCache(config=model.config)
             if context:
-                fill(model, caches[name], context)
-            sizes[name] = resident() - before
-        ms: dict[str, list[float]] = {name: [] for name in caches}
-        token = torch.tensor([[11]])
-        for i in range(tokens + 1):
-            for name, cache in caches.items():
-                model.set_attn_implementation("turboquant" if name == recipe else "sdpa")
-                start = time.perf_counter()
-                model(token, past_key_values=cache)
-                if i:
-                    ms[name].append(1e3 * (time.perf_counter() - start))
-        held = caches["bf16"].layers
-        bytes_ = {recipe: caches[recipe].nbytes()["total"], "bf16": sum(x.keys.nbytes + x.values.nbytes for x in held)}
-        for name in caches:
-            t = statistics.median(ms[name])
-            empty = next((r["ms"] for r in rows if r["cache"] == name and r["context"] == 0), t)
-            rows.append(row("decode", name, context, t, t - empty, bytes_[name], sizes[name]))
+                fill(model, cache, context)
+            caches[name, context], sizes[name, context] = cache, resident() - before
+    ms: dict[tuple[str, int], list[float]] = {key: [] for key in caches}
+    token = torch.tensor([[11]])
+    for i in range(tokens + 1):
+        for key, cache in caches.items():
+            model.set_attn_implementation("turboquant" if key[0] == recipe else "sdpa")
+            start = time.perf_counter()
+            model(token, past_key_values=cache)
+            if i:
+                ms[key].append(1e3 * (time.perf_counter() - start))
+    rows = []
+    for (name, context), cache in caches.items():
+        t, empty = statistics.median(ms[name, context]), statistics.median(ms[name, 0])
+        held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) if name == "bf16" else cache.nbytes()["total"]
+        rows.append(row("decode", name, context, t, t - empty, held, sizes[name, context]))
     return rows
 
 
@@ -120,27 +120,76 @@ def prefill_rows(model: Any, tokens: int, rounds: int, recipe: str) -> list[dict
     return [row("prefill", recipe, tokens, t, 0.0, size, 0), row("encode", recipe, tokens, e, 0.0, size, 0)]
 
 
-def llama_rows(path: str, contexts: list[int], tokens: int, threads: int) -> list[dict[str, Any]]:
-    """llama.cpp with flash attention and q4_0 keys and values: time per token without and with each context."""
-    from llama_cpp import GGML_TYPE_Q4_0, Llama
+def repeated(state: bytes, cells: int) -> bytes:
+    """A sequence state of llama.cpp of n tokens, its cells repeated until there are `cells`, at positions of their own.
 
-    rows = []
-    for context in contexts:
-        llm = Llama(path, n_ctx=context + tokens + 32, n_threads=threads, n_threads_batch=2, n_batch=2048, n_ubatch=512,
-                    flash_attn=True, type_k=GGML_TYPE_Q4_0, type_v=GGML_TYPE_Q4_0, verbose=False)  # fmt: skip
-        ms: dict[int, list[float]] = {0: [], context: []}
-        for filled in (0, context):
-            llm.reset()
-            llm.eval([100 + i % 1000 for i in range(max(filled, 4))])
-            for _ in range(tokens):
-                start = time.perf_counter()
-                llm.eval([11])
-                ms[filled].append(1e3 * (time.perf_counter() - start))
-        empty, full = statistics.median(ms[0]), statistics.median(ms[context])
-        rows += [row("decode", "llama.cpp q4_0", 0, empty, 0.0, 0, 0)]
-        rows += [row("decode", "llama.cpp q4_0", context, full, full - empty, 0, 0)]
-        del llm
-    return rows
+    The layout (llama-cpp-python 0.3.36): eight bytes of a mark, streams, cells, (position, sequences, sequence) of
+    each cell; then of keys and of values a type, a row's bytes and the rows of every layer (flash attention).
+
+    Raises:
+        ValueError: another layout.
+    """
+    at = 8
+
+    def number(code: str) -> int:
+        nonlocal at
+        value = struct.unpack_from("<" + code, state, at)[0]
+        at += struct.calcsize(code)
+        return int(value)
+
+    streams, n = number("I"), number("I")
+    places = [(number("i"), number("I"), number("i")) for _ in range(n)]
+    transposed, layers = number("I"), number("I")
+    if streams != 1 or transposed or places != [(i, 1, 0) for i in range(n)]:
+        raise ValueError("this version of llama.cpp writes its state in another way")
+    head = state[:8] + struct.pack("<II", 1, cells) + b"".join(struct.pack("<iIi", i, 1, 0) for i in range(cells))
+    parts = [head, struct.pack("<II", 0, layers)]
+    for _ in range(2 * layers):
+        parts.append(state[at : at + 12])
+        _type, row_bytes = number("i"), number("Q")
+        rows = state[at : at + n * row_bytes]
+        at += n * row_bytes
+        parts.append((rows * -(-cells // n))[: cells * row_bytes])
+    if at != len(state):
+        raise ValueError("this version of llama.cpp writes its state in another way")
+    return b"".join(parts)
+
+
+def llama_rows(path: str, contexts: list[int], tokens: int, threads: int, really: bool) -> list[dict[str, Any]]:
+    """llama.cpp with flash attention and q4_0 keys and values: time per token without and with each context."""
+    import ctypes
+
+    import llama_cpp as lib
+
+    models = {}
+    for context in [0, *contexts]:
+        options = dict(n_ctx=context + tokens + 64, n_threads=threads, n_threads_batch=2, n_batch=2048, n_ubatch=512)
+        types = dict(type_k=lib.GGML_TYPE_Q4_0, type_v=lib.GGML_TYPE_Q4_0)
+        llm = lib.Llama(path, flash_attn=True, verbose=False, **options, **types)
+        some = context if really else min(context, 256)
+        llm.eval([100 + i % 1000 for i in range(max(some, 4))])
+        if some < context:
+            size = lib.llama_state_seq_get_size(llm.ctx, 0)
+            held = (ctypes.c_uint8 * size)()
+            if lib.llama_state_seq_get_data(llm.ctx, held, size, 0) != size:
+                raise SystemExit("llama.cpp gave no state")
+            full = repeated(bytes(held), context)
+            given = (ctypes.c_uint8 * len(full)).from_buffer_copy(full)
+            if lib.llama_state_seq_set_data(llm.ctx, given, len(full), 0) != len(full):
+                raise SystemExit("llama.cpp refused the state")
+            llm.n_tokens = context
+        if context and lib.llama_memory_seq_pos_max(lib.llama_get_memory(llm.ctx), 0) != context - 1:
+            raise SystemExit("llama.cpp holds another number of tokens")
+        models[context] = llm
+    ms: dict[int, list[float]] = {context: [] for context in models}
+    for i in range(tokens + 1):
+        for context, llm in models.items():
+            start = time.perf_counter()
+            llm.eval([11])
+            if i:
+                ms[context].append(1e3 * (time.perf_counter() - start))
+    times = {context: statistics.median(x) for context, x in ms.items()}
+    return [row("decode", "llama.cpp q4_0", context, t, t - times[0], 0, 0) for context, t in times.items()]
 
 
 def main() -> None:
@@ -152,10 +201,11 @@ def main() -> None:
     p.add_argument("--prompt", type=int, default=0, help="also time a prompt of so many tokens and its encoding")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--llama", action="store_true", help="time llama.cpp on MODEL (a GGUF file) instead")
+    p.add_argument("--really", action="store_true", help="let llama.cpp process the whole context")
     p.add_argument("--json", type=Path, metavar="OUT")
     a = p.parse_args()
     if a.llama:
-        rows = llama_rows(a.model, a.context, a.tokens, a.threads)
+        rows = llama_rows(a.model, a.context, a.tokens, a.threads, a.really)
     else:
         import torch
 

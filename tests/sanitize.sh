@@ -16,10 +16,10 @@ cp "$OUT"/cmake/_native*.so "$OUT/src/turboquant/kernels/cpu/"
 LD_PRELOAD="$(gcc -print-file-name=libasan.so):$(gcc -print-file-name=libstdc++.so.6)" \
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$PWD/$OUT/src" \
   "$PYTHON" -c '
-import sys
+import glob, sys
 sys.meta_path[:] = [f for f in sys.meta_path if "Redirect" not in type(f).__name__]
 import pytest
 import turboquant.kernels.cpu as cpu
 assert "sanitize" in cpu.__file__, cpu.__file__
-sys.exit(pytest.main(["-q", "tests/kernels/test_cpu_cache.py", "tests/kernels/test_cpu_quantize.py", *sys.argv[1:]]))
+sys.exit(pytest.main(["-q", *sorted(glob.glob("tests/kernels/test_cpu_*.py")), *sys.argv[1:]]))
 ' "$@"

@@ -299,12 +299,6 @@ def test_instruction_sets_write_the_same_bytes_and_agree(recipe, monkeypatch):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
-def test_an_isa_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setenv("TURBOQUANT_CPU_ISA", "avx1024")
-    why = cpu.supports("cache_append", None, torch.device("cpu"))
-    assert "avx1024" in why and "portable" in why
-
-
 def test_strides_are_honoured():
     """Queries, keys and values as transformers hands them over: (B, n, H, d) seen transposed."""
     chunks = make_chunks((130, 1, 40), 2, 2, 3, 64, torch.bfloat16)
@@ -314,42 +308,6 @@ def test_strides_are_honoured():
     (a, x), (b, y) = run("kv4", chunks), run("kv4", turned)
     assert torch.equal(a.buf.pages[a._pages[0]], b.buf.pages[b._pages[0]])
     assert all(torch.equal(i, j) for i, j in zip(x, y, strict=True))
-
-
-def test_a_page_id_that_is_not_there_is_an_error():
-    cache, _ = run("kv4", make_chunks((60,), 1, 2, 2, 64, torch.float32))
-    q, k, v, _ = make_chunks((10,), 1, 2, 2, 64, torch.float32)[0]
-    with pytest.raises(ValueError, match="table names no page"):
-        cpu.cache_append(cache.buf, cache.layout, q, k, v, None)
-    cache.buf.table = torch.full((1, 1), len(cache.buf.pages), dtype=torch.int32)
-    with pytest.raises(ValueError, match="outside the pool"):
-        cpu.cache_append(cache.buf, cache.layout, q, k, v, None)
-    assert cache.buf.length.tolist() == [60]
-    cache, _ = run("kv4", make_chunks((200,), 1, 2, 2, 64, torch.float32))
-    cache.buf.table[0, 1] = len(cache.buf.pages)
-    with pytest.raises(ValueError, match="outside the pool"):
-        cpu.cache_attention(cache.buf, cache.layout, q, k, v)
-
-
-@pytest.mark.parametrize(
-    "break_", [{"length": lambda t: t.int()}, {"ring_v": lambda t: t[:, :, 1:].clone()}, {"pages": lambda t: t[:, :1]}]
-)
-def test_buffers_that_do_not_match_are_refused(break_):
-    cache, _ = run("kv4", make_chunks((70,), 1, 2, 2, 64, torch.float32))
-    q, k, v, _ = make_chunks((1,), 1, 2, 2, 64, torch.float32)[0]
-    for name, f in break_.items():
-        setattr(cache.buf, name, f(getattr(cache.buf, name)))
-    with pytest.raises(ValueError, match=rf"CacheBuffers\.{next(iter(break_))} must be"):
-        cpu.cache_attention(cache.buf, cache.layout, q, k, v)
-
-
-def test_a_chunk_that_does_not_match_is_refused():
-    cache, _ = run("kv4", make_chunks((70,), 1, 2, 2, 64, torch.float32))
-    q, k, v, _ = make_chunks((2,), 1, 2, 2, 64, torch.float32)[0]
-    for wrong in ((q, k, v[:, :, :1], None), (q[..., :32], k, v, None), (q, k, v, torch.ones(1, 3, dtype=torch.bool))):
-        with pytest.raises(ValueError, match=r"do not match|valid must be"):
-            cpu.cache_append(cache.buf, cache.layout, *wrong)
-    assert cache.buf.length.tolist() == [70]
 
 
 @pytest.mark.parametrize("recipe", ["kv4", "plain4"])
@@ -398,28 +356,6 @@ def test_a_value_that_is_not_finite_reaches_its_readers_only(n, d, causal_mask, 
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
             assert not want.isfinite().all()
         cache.step(q, k, v, mask=mask)
-
-
-def test_it_is_the_first_choice_and_what_it_cannot_do_says_so():
-    """A float64 cache, or an argument that wants a gradient, goes to the reference; asked for, it is refused."""
-    cpu_device = torch.device("cpu")
-    with ops.use_backend("auto"):
-        assert {row["kernel"] for row in ops.explain()} == {"cpu"}
-        rows = ops.explain(dtype=torch.float64)
-        assert all(r["kernel"] == "reference" and r["why"].endswith("cpu serves no float64 cache") for r in rows)
-        name, why = ops.choose("cache_attention", None, cpu_device, ops.Chunk(torch.float32, grad=True))
-        assert name == "reference" and "no gradients" in why
-    with pytest.raises(ops.BackendError, match="serves no float64"):
-        ops.choose("cache_append", None, cpu_device, ops.Chunk(torch.float64))
-    q, k, v, _ = make_chunks((70,), 1, 2, 2, 64, torch.float32)[0]
-    q.requires_grad_()
-    with pytest.raises(ops.BackendError, match="no gradients"):
-        LayerCache(parse_recipe("kv4").kv).step(q, k, v)
-    with torch.no_grad():
-        LayerCache(parse_recipe("kv4").kv).step(q, k, v)
-    with ops.use_backend("auto"):
-        LayerCache(parse_recipe("kv4").kv).step(q, k, v).sum().backward()
-    assert q.grad.abs().sum() > 0
 
 
 @settings(max_examples=10)

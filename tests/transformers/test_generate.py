@@ -109,7 +109,7 @@ def test_verify_steps_need_no_row_exact(tiny, prompt):
 
 
 def test_row_exact(tiny, prompt):
-    model = tiny("llama-gqa")
+    model = tiny("llama-gqa").double()  # in fp32 a key differs between chunks by a rounding, and a code at a tie by one
     ids = prompt((90,))["input_ids"]
 
     def logits(row_exact, step):
@@ -121,8 +121,8 @@ def test_row_exact(tiny, prompt):
 
     with torch.no_grad():
         exact = model(ids, use_cache=False).logits
-    torch.testing.assert_close(logits(True, 90), logits(False, 1), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(logits(False, 90), exact, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(True, 90), logits(False, 1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(logits(False, 90), exact, rtol=1e-4, atol=1e-4)
     assert (logits(True, 90) - exact).norm() > 0.05 * exact.norm()
 
 

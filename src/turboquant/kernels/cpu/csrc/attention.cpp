@@ -100,8 +100,11 @@ void attention(const Call& call, const Kernels& k, int threads) {
   float* memory = workspace(size_t(threads) * scratch + size_t(heads * blocks * units) * part);
   float* parts = memory + threads * scratch;
   std::unique_ptr<std::atomic<int64_t>[]> done(new std::atomic<int64_t>[heads * blocks]());
-  parallel(heads * blocks * units, threads, [&](int64_t task, int worker) {
-    const int64_t unit = task % units, owner = task / units, bh = owner % heads, block_index = owner / heads;
+  const int64_t owners = heads * blocks;
+  parallel(owners * units, threads, [&](int64_t i, int worker) {
+    // segments first: the 16-bit parts, which take less, even out when the workers end
+    const int64_t unit = i < owners * segments ? i % segments + 1 : 0, owner = unit ? i / segments : i - owners * segments;
+    const int64_t task = owner * units + unit, bh = owner % heads, block_index = owner / heads;
     const int b = int(bh / call.heads), h = int(bh % call.heads);
     const int r0 = int(block_index * block), r1 = int(std::min<int64_t>(r0 + block, rows_total)), rows = r1 - r0;
     float* mine = memory + worker * scratch;

@@ -20,19 +20,13 @@ constexpr int LDW = MAX_PAGE + 64;  // bytes of a digit row
 
 struct Digits {  // rows of numbers unit·(digit 0 + 256·digit 1 + ...)
   int8_t* digit;   // (rows, DIGITS, LDW)
-  int32_t* start;  // -128·sum of each digit row: levels are stored as level + 128
+  int32_t* start;  // -128·sum of a row's numbers, where its sums start: levels are stored as level + 128
   float* unit;     // 0 for a row that is not finite
   bool* finite;
   int groups;
 };
 
-// level + 128 of each code, repeated
-TQ_INLINE void level_bytes(const float* levels, float unit, int bits, uint8_t (&t)[64]) {
-  for (int i = 0; i < 64; i++) t[i] = bits == 8 ? 0 : uint8_t(int(std::nearbyintf(levels[i & ((1 << bits) - 1)] / unit)) + 128);
-}
-
 struct IntegerScratch {
-  alignas(64) uint8_t key_level[64], value_level[64];
   uint8_t* tile;
   Digits x;
   int32_t start[ROWS * MAX_DIGITS];
@@ -40,44 +34,86 @@ struct IntegerScratch {
   bool finite[ROWS];
   explicit IntegerScratch(const Spec& s, float* p) {
     tile = (uint8_t*)p, p += integer_tile_floats(s);
-    level_bytes(s.key_levels, s.key_unit, s.key_bits, key_level);
-    level_bytes(s.value_levels, s.value_unit, s.value_bits, value_level);
     x.digit = (int8_t*)p, x.start = start, x.unit = unit, x.finite = finite;
   }
 };
+
+// where the bytes of 64 numbers lie: of two registers of 16-bit words, and of two of 32-bit words (32 numbers, repeated)
+struct BytePlaces {
+  alignas(64) uint8_t word[64], dword[64];
+  constexpr BytePlaces() : word(), dword() {
+    for (int i = 0; i < 64; i++) {  // vpackssdw interleaves its sources by 128 bits
+      word[i] = uint8_t(i / 32 * 64 + 2 * (i % 16 / 4 * 8 + i % 32 / 16 * 4 + i % 4));
+      dword[i] = uint8_t(i % 32 / 16 * 64 + i % 16 * 4);
+    }
+  }
+};
+
+// Digit k of the 64 whole numbers goes to to[k·LDW]; sums of them: of the numbers (2 digits), of each digit (3).
+template <int DIGITS>
+TQ_INLINE void split64(const __m512i (&n)[4], int8_t* to, __m512i (&sum)[DIGITS]) {
+  static constexpr BytePlaces places;
+  if (DIGITS == 2) {
+    const __m512i one = _mm512_set1_epi16(1), half = _mm512_set1_epi16(128), at = _mm512_load_si512(places.word);
+    const __m512i a = _mm512_packs_epi32(n[0], n[1]), b = _mm512_packs_epi32(n[2], n[3]);
+    sum[0] = _mm512_add_epi32(sum[0], _mm512_add_epi32(_mm512_madd_epi16(a, one), _mm512_madd_epi16(b, one)));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi8(a, at, b));
+    const __m512i next = _mm512_add_epi8(at, _mm512_set1_epi8(1));
+    _mm512_storeu_si512(to + LDW, _mm512_permutex2var_epi8(_mm512_add_epi16(a, half), next, _mm512_add_epi16(b, half)));
+    return;
+  }
+  const __m512i one = _mm512_set1_epi8(1);
+  __m512i m[4], at = _mm512_load_si512(places.dword);
+  for (int v = 0; v < 4; v++) m[v] = n[v];
+  for (int k = 0; k < DIGITS; k++) {
+    const __m512i low = _mm512_permutex2var_epi8(m[0], at, m[1]), high = _mm512_permutex2var_epi8(m[2], at, m[3]);
+    const __m512i bytes = _mm512_mask_mov_epi64(low, 0xF0, high);
+    _mm512_storeu_si512(to + k * LDW, bytes);
+    sum[k] = _mm512_dpbusd_epi32(sum[k], one, bytes);
+    const __m512i half = _mm512_set1_epi32(128 << 8 * k);  // carries into the next digit
+    for (int v = 0; v < 4; v++) m[v] = _mm512_add_epi32(m[v], half);
+    at = _mm512_add_epi8(at, one);
+  }
+}
+
+TQ_INLINE __m512i magnitude(V16 x) { return _mm512_and_si512(_mm512_castps_si512(x.a), _mm512_set1_epi32(0x7FFFFFFF)); }
+
+// what a row whose largest magnitude has these bits is multiplied by
+template <int DIGITS>
+TQ_INLINE __m512 digit_gain(uint32_t bits, int r, Digits& x) {
+  const float largest = bits_float(bits), whole = DIGITS == 2 ? 32639.0f : 8355000.0f;
+  x.finite[r] = bits < 0x7F800000;
+  const bool some = x.finite[r] && largest > 1e-30f;
+  x.unit[r] = some ? largest / whole : 0.0f;
+  return _mm512_set1_ps(some ? whole / largest : 0.0f);
+}
+
+template <int DIGITS>
+TQ_INLINE void digit_starts(const __m512i (&sum)[DIGITS], int r, Digits& x) {
+  int32_t* to = x.start + r * DIGITS;
+  to[0] = -128 * _mm512_reduce_add_epi32(sum[0]);
+  to[DIGITS - 1] = 0;
+  if (DIGITS == 3) to[1] = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(sum[1], _mm512_slli_epi32(sum[DIGITS - 1], 8)));
+}
 
 template <int DIGITS>
 TQ_INLINE void digits_of(const float* from, int ld, int rows, int length, Digits& x) {
   x.groups = length / 4;
   for (int r = 0; r < rows; r++) {
     const float* y = from + r * ld;
-    int8_t* to = x.digit + r * DIGITS * LDW;
-    __m512i top = _mm512_setzero_si512();
-    __m128i sum[DIGITS];
-    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), half = _mm512_set1_epi32(128);
-    for (int i = 0; i < length; i += 16) {
-      top = _mm512_max_epu32(top, _mm512_and_si512(_mm512_castps_si512(_mm512_loadu_ps(y + i)), magnitude));
-    }
-    const uint32_t bits = _mm512_reduce_max_epu32(top);
-    const float largest = bits_float(bits), whole = DIGITS == 2 ? 32639.0f : 8355000.0f;
-    x.finite[r] = bits < 0x7F800000;
-    const bool some = x.finite[r] && largest > 1e-30f;
-    x.unit[r] = some ? largest / whole : 0.0f;
-    const __m512 inv = _mm512_set1_ps(some ? whole / largest : 0.0f);
-    for (int k = 0; k < DIGITS; k++) sum[k] = _mm_setzero_si128();
-    for (int i = 0; i < length; i += 16) {
-      __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(y + i), inv));
-      for (int k = 0; k < DIGITS; k++) {
-        const __m128i bytes = _mm512_cvtepi32_epi8(n);
-        _mm_storeu_si128((__m128i*)(to + k * LDW + i), bytes);
-        sum[k] = _mm_dpbusd_epi32(sum[k], _mm_set1_epi8(char(128)), bytes);
-        if (k + 1 < DIGITS) n = _mm512_srai_epi32(_mm512_add_epi32(n, half), 8);
+    __m512i top = _mm512_setzero_si512(), sum[DIGITS];
+    for (int i = 0; i < length; i += 16) top = _mm512_max_epu32(top, magnitude(load(y + i)));
+    const __m512 gain = digit_gain<DIGITS>(_mm512_reduce_max_epu32(top), r, x);
+    for (int k = 0; k < DIGITS; k++) sum[k] = _mm512_setzero_si512();
+    for (int i = 0; i < length; i += 64) {
+      __m512i n[4];
+      for (int v = 0; v < 4; v++) {
+        const bool there = i + 16 * v < length;
+        n[v] = there ? _mm512_cvtps_epi32(_mm512_mul_ps(load(y + i + 16 * v).a, gain)) : _mm512_setzero_si512();
       }
+      split64<DIGITS>(n, x.digit + r * DIGITS * LDW + i, sum);
     }
-    for (int k = 0; k < DIGITS; k++) {
-      const __m128i two = _mm_add_epi32(sum[k], _mm_shuffle_epi32(sum[k], 0x4E));
-      x.start[r * DIGITS + k] = -_mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
-    }
+    digit_starts<DIGITS>(sum, r, x);
   }
 }
 
@@ -175,10 +211,9 @@ TQ_INLINE void product_block(const Digits& x, int first, const uint8_t* tile, in
   }
   TQ_EACH(r, RB)
     TQ_EACH(v, NV)
-      V16 f = {_mm512_cvtepi32_ps(acc[r * DIGITS + DIGITS - 1][v])};
-      TQ_EACH(k, DIGITS - 1)
-        f = fma(f, set1(256.0f), V16{_mm512_cvtepi32_ps(acc[r * DIGITS + DIGITS - 2 - k][v])});
-      TQ_END
+      constexpr int TOP = r * DIGITS + DIGITS - 1;  // two digits together fit 32 bits
+      V16 f = {_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(acc[TOP][v], 8), acc[TOP - 1][v]))};
+      if (DIGITS == 3) f = fma(f, set1(256.0f), V16{_mm512_cvtepi32_ps(acc[r * DIGITS][v])});
       keep(first + r, 16 * v, f);
     TQ_END
   TQ_END
@@ -222,8 +257,7 @@ TQ_INLINE void product(const Digits& x, int rows, const uint8_t* tile, int strid
 // s[r·lds + t] = q[r·LD]·level of P tokens
 template <int DIGITS>
 static void integer_dot(const Spec& p, const float* q, int rows, const uint8_t* codes, float* s, int lds, IntegerScratch& w) {
-  const __m512i table = _mm512_load_si512(w.key_level);
-  digits_of<DIGITS>(q, LD, rows, p.d, w.x);
+  const __m512i table = _mm512_loadu_si512(p.key_bytes);
 #define TQ_CALL(B) key_groups<B>(codes, p.key_row, p.page, p.d, table, w.tile)
   TQ_BY_BITS(p.key_bits, TQ_CALL)
 #undef TQ_CALL
@@ -238,12 +272,11 @@ static void integer_dot(const Spec& p, const float* q, int rows, const uint8_t* 
   }
 }
 
-// o[r·LD + c] += sum over t of x[r·ldx + t]·level
+// o[r·LD + c] += sum over t of x[r·ldx + t]·level; w.x has the digits of x
 template <int DIGITS>
 static void integer_mix(const Spec& p, const float* x, int ldx, int rows, const uint8_t* codes, float* o, IntegerScratch& w) {
-  const __m512i table = _mm512_load_si512(w.value_level);
+  const __m512i table = _mm512_loadu_si512(p.value_bytes);
   const int d = padded(p.d);
-  digits_of<DIGITS>(x, ldx, rows, p.page, w.x);
 #define TQ_CALL(B) value_groups<B>(codes, p.value_row, p.page, p.d, table, w.tile)
   TQ_BY_BITS(p.value_bits, TQ_CALL)
 #undef TQ_CALL
@@ -262,9 +295,13 @@ static void integer_mix(const Spec& p, const float* x, int ldx, int rows, const 
 #else
 
 constexpr bool INTEGER = false;
+struct Digits {};
 struct IntegerScratch {
+  Digits x;
   IntegerScratch(const Spec&, float*) {}
 };
+template <int DIGITS>
+static void digits_of(const float*, int, int, int, Digits&) {}
 template <int DIGITS>
 static void integer_dot(const Spec&, const float*, int, const uint8_t*, float*, int, IntegerScratch&) {}
 template <int DIGITS>

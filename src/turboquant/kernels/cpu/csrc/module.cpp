@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <memory>
 #include <stdexcept>
 
@@ -34,6 +35,18 @@ template <class T>
 void fill(T* to, size_t room, const std::vector<float>& from) {
   if (from.size() > room) throw std::invalid_argument("a table of the spec is too long");
   std::copy(from.begin(), from.end(), to);
+}
+
+void level_bytes(const float* levels, float unit, int bits, uint8_t (&to)[64]) {
+  for (int i = 0; i < 64; i++) to[i] = bits == 8 ? 0 : uint8_t(int(std::nearbyint(levels[i & ((1 << bits) - 1)] / unit)) + 128);
+}
+
+// whether both tables are those of one octave times powers of two
+bool tables_repeat(const Spec& s) {
+  bool same = s.a_table[255] == 0;
+  for (int i = 0; i < 255; i++) same = same && s.a_table[i] == std::ldexp(s.a_table[i % 32], -(i / 32));
+  for (int i = 0; i < 256; i++) same = same && s.s_table[i] == std::ldexp(s.s_table[128 + i % 16], i / 16 - 8);
+  return same;
 }
 
 Spec make_spec(const Numbers& n, const Offsets& at, const Tables& tables) {
@@ -73,6 +86,9 @@ Spec make_spec(const Numbers& n, const Offsets& at, const Tables& tables) {
   if (need(tables, "key_search").size() != SEARCH_CELLS * TRIALS) throw std::invalid_argument("key_search has another size");
   fill(s.key_search, SEARCH_CELLS * TRIALS, need(tables, "key_search"));
   fill(s.value_search, SEARCH_CELLS * TRIALS, need(tables, "value_search"));
+  s.octaves = tables_repeat(s);
+  level_bytes(s.key_levels, s.key_unit, s.key_bits, s.key_bytes);
+  level_bytes(s.value_levels, s.value_unit, s.value_bits, s.value_bytes);
   s.key_count = int(need(tables, "key_levels").size()), s.value_count = int(need(tables, "value_levels").size());
   return s;
 }

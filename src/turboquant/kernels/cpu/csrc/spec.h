@@ -30,8 +30,10 @@ struct Spec {
   float decay_old, decay_new, blend_old, blend_new;
   float signs[MAX_D];
   float s_table[256], a_table[256];  // log_decode of key_log_s; 2^(-code/row_steps) of log scales, 0 at 255
+  int octaves;             // the tables are 16 and 32 numbers times powers of two
   int key_count, value_count;        // levels
   float key_levels[256], value_levels[256], key_edges[256], value_edges[256];
+  uint8_t key_bytes[64], value_bytes[64];  // level/unit + 128 of each code, repeated (2 to 4 bit)
   float key_unit, value_unit;  // of which the levels of live codes are whole multiples, -127 to 127
 };
 
