@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from turboquant.kernels import ops
-from turboquant.layers.linear import QuantExperts, QuantLinear
+from turboquant.layers.linear import QuantLinear
 from turboquant.maths.activations import decode_int8, encode_int8
 from turboquant.recipe import parse_recipe
 
@@ -108,28 +108,3 @@ def test_a_gpu_holds_a_weight_once():
     for key, t in layer.state_dict().items():
         assert torch.equal(t.cuda(), want[key]), key
     assert layer.cuda().weight.is_cuda
-
-
-@pytest.mark.parametrize("name", ["w4a8", "w8a8:group=0", "w4"])
-@pytest.mark.parametrize("rows", [1, 40, 700])
-def test_experts_in_one_product(name, rows):
-    pytest.importorskip("humming")
-    shapes = {"gate_up_proj": (8, 512, 256), "down_proj": (8, 256, 256)}
-
-    def gate(y):
-        a, b = y.chunk(2, -1)
-        return F.silu(a) * b
-
-    experts = QuantExperts(shapes, gate, {}, parse_recipe(name).linear, "cuda", torch.bfloat16)
-    for key, shape in shapes.items():
-        experts.slots[key].load(torch.randn(*shape, device="cuda") * 0.05)
-    x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
-    index = torch.stack([torch.randperm(8, device="cuda")[:2] for _ in range(rows)])
-    p = torch.rand(rows, 2, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        with ops.use_backend("reference"):
-            exact = experts(x.float(), index, p.float())
-        got, plain = experts(x, index, p), experts.dequantized(torch.bfloat16)(x, index, p)
-    assert ops.grouped(experts.slots["down_proj"].spec(x.dtype), x.device) is not None
-    floats = experts.dequantized(torch.float32)(x.float(), index, p.float())
-    assert relative(got, exact) <= 2 * relative(plain, floats)

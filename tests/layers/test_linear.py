@@ -1,14 +1,12 @@
 """QuantLinear, QuantExperts and conversion: what they compute, keep, move and refuse."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from turboquant.kernels import linear, ops
 from turboquant.kernels.ops import use_backend
 from turboquant.layers.convert import Plan, dequantize_model, quantize_model, quantized, targets
 from turboquant.layers.linear import QuantExperts, QuantLinear
@@ -168,29 +166,6 @@ def test_experts(recipe, transposed, bias):
     if model.experts.recipe.linear is None:
         plain = relative(model.experts(x, index, p), want)
         assert plain <= error * 1.2
-
-
-@pytest.mark.parametrize("recipe", ["w4a8", "w8a8", "w4", "w4a4"])
-def test_experts_at_once_give_what_they_give_one_by_one(recipe, monkeypatch):
-    """With a product for the whole stack, as CUDA has; empty experts, and places left empty, included."""
-    calls = []
-
-    def run(x, weight, starts, recipe, state):
-        calls.append(len(x))
-        out = x.new_full((len(x), weight.shape[1]), torch.nan)  # what no expert has is not computed
-        for e, (a, b) in enumerate(itertools.pairwise(starts.tolist())):
-            out[a:b] = linear.linear(x[a:b], weight.select(e), None, recipe, linear.LinearState())
-        return out
-
-    model = nn.ModuleDict({"experts": Experts(bias=True)})
-    quantize_model(model, Plan(parse_recipe(recipe)))
-    x, index, p = torch.randn(12, 48), torch.randint(0, 3, (12, 2)), torch.rand(12, 2)
-    index[:, 1] = (index[:, 0] + 1) % 3
-    index[4, 1] = 4  # beyond the last
-    want = model.experts(x, index, p)
-    monkeypatch.setattr(ops, "grouped", lambda spec, device: run)
-    torch.testing.assert_close(model.experts(x, index, p), want, rtol=1e-5, atol=1e-5)
-    assert calls == ([24, 24] if recipe != "w4a4" else [])
 
 
 def small():

@@ -306,15 +306,6 @@ def _fused(op: str, spec: LinearSpec, device: torch.device, forced: str) -> Any:
     return None if "reference" in names else getattr(import_module(f"turboquant.kernels.{names[1]}"), op)
 
 
-def grouped(spec: LinearSpec, device: torch.device) -> Any:
-    """The product of a stack of experts in one call, contract in `cuda.linear.linear_experts`, if the backend that runs
-    a layer like this has one; else None: experts run one after another."""
-    if spec.activation_bits not in (8, 16):
-        return None
-    name = _chosen("linear", spec, device, _forced.get())
-    return getattr(import_module(f"turboquant.kernels.{name}"), "linear_experts", None)
-
-
 def _linear_op(op: str, spec: LinearSpec | None, device: torch.device) -> Any:
     name = _chosen(op, spec, device, _forced.get())
     return getattr(import_module(f"turboquant.kernels.{name}"), op)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turboquant.kernels import ops
 from turboquant.kernels.linear import Shared
 from turboquant.layers.slot import Slot, keep_dtypes
 from turboquant.recipe import Recipe
@@ -81,9 +80,6 @@ class QuantExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(tokens, K), (tokens, k) experts of each token and their weights -> (tokens, K)."""
         first, second = self.slots.values()
-        runs = self._grouped(hidden_states)
-        if runs:
-            return self._at_once(runs, hidden_states, top_k_index, top_k_weights)
         if first.tracked:
             first.follow(hidden_states)
         out = torch.zeros_like(hidden_states, dtype=torch.float32)
@@ -98,30 +94,6 @@ class QuantExperts(nn.Module):
             y = second(inner, self._bias(second, e), e)
             out.index_add_(0, token, (y * top_k_weights[token, place, None]).float())
         return out.to(hidden_states.dtype)
-
-    def _grouped(self, x: Tensor) -> list[Any]:
-        """The products of whole stacks, if both have one here."""
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()) or not x.numel():
-            return []
-        runs = [ops.grouped(s.spec(x.dtype), x.device) for s in self.slots.values() if not s.tracked]
-        return runs if len(runs) == 2 and all(runs) else []
-
-    def _at_once(self, runs: list[Any], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """`forward` with a product for all experts; nothing is read back, so it can be captured."""
-        chosen = index.flatten().clamp_max(self.num_experts)  # those beyond stand for places left empty
-        order = chosen.argsort(stable=True)
-        expert, token = chosen[order], order // index.shape[1]
-        count = torch.zeros(self.num_experts + 1, dtype=torch.int64, device=x.device)
-        count.scatter_add_(0, chosen, torch.ones_like(chosen))
-        starts = torch.nn.functional.pad(count[:-1].cumsum(0), (1, 0))
-        inner = x[token]
-        for i, (slot, run) in enumerate(zip(self.slots.values(), runs, strict=True)):
-            inner, bias = slot.grouped(run, inner, starts), getattr(self, f"{slot.name}_bias")
-            inner = inner if bias is None else inner + bias[expert.clamp_max(self.num_experts - 1)]
-            inner = inner if i else self.gate(inner)
-        y = (inner * weights.flatten()[order].unsqueeze(1)).float()
-        y = torch.where((expert < self.num_experts).unsqueeze(1), y, 0.0)
-        return torch.zeros_like(x, dtype=torch.float32).index_add_(0, token, y).to(x.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> "QuantExperts":
         """The same with float stacks (E, N, K) and nothing quantized."""

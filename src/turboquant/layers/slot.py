@@ -199,13 +199,6 @@ class Slot:
             self._stow()
         return y
 
-    def grouped(self, run: Any, x: Tensor, starts: Tensor) -> Tensor:
-        """Rows (T, K) sorted by expert through all experts at once, with `run` of `ops.grouped`: (T, N)."""
-        state = self.states.setdefault(None, LinearState(None, self.shared))
-        y: Tensor = run(x, self.packed(), starts, self.recipe.activations, state)
-        self._stow()
-        return y
-
     def _stow(self) -> None:
         """Keep the codes on the host once a GPU's kernel has the whole weight in a layout of its own, so that the GPU
         holds it once. Whatever decodes the codes brings them back for that time."""
@@ -213,8 +206,7 @@ class Slot:
         codes = self.module._buffers.get(key)
         if codes is None or not codes.is_cuda or torch.cuda.is_current_stream_capturing():
             return
-        whole = self.states.get(None)
-        if (whole and whole.prepared) or sum(bool(s.prepared) for s in self.states.values()) == count:
+        if sum(bool(s.prepared) for s in self.states.values()) == count:
             self.module._buffers[key] = codes.cpu()
 
     def nbytes(self, device: torch.device, read: bool = False) -> int:

@@ -44,24 +44,21 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
 
 
 def _layer(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int, bits: int, dtype: torch.dtype) -> Any:
-    """humming's layer for one stage: codes (..., N, K) below 16, scale (..., N, G), whole zeros (..., N, G) or None for
-    8; with a leading E, the experts of a stack."""
+    """humming's layer for one stage: codes (N, K) below 16, scale (N, G), whole zeros (N, G) or None for 8."""
     from humming import ops as humming
     from humming.layer import HummingLayer
 
-    *stack, n, k = codes.shape
+    n, k = codes.shape
     word = "bfloat16" if dtype == torch.bfloat16 else "float16"
     weight = {"dtype": "uint4", "group_size": 0 if group == k else group, "has_zero_point": zero is not None}
     inputs = (
         {"dtype": "int8", "quant_mode": "dynamic_token", "scale_dtype": "float32"} if bits < 16 else {"dtype": word}
     )
     with torch.cuda.device(codes.device):
-        layer = HummingLayer(
-            n, k, weight | {"scale_dtype": word}, inputs, num_experts=stack[0] if stack else None, torch_dtype=dtype
-        ).to(codes.device)
+        layer = HummingLayer(n, k, weight | {"scale_dtype": word}, inputs, torch_dtype=dtype).to(codes.device)
         tensors = {"weight": humming.pack_weight(codes.int().contiguous(), 4), "weight_scale": scale.to(dtype)}
         if zero is not None:
-            tensors["zero_point"] = humming.pack_weight(zero.int().mT.contiguous(), 4).mT.contiguous()
+            tensors["zero_point"] = humming.pack_weight(zero.int().T.contiguous(), 4).T.contiguous()
         layer.load_from_tensors(tensors)
         layer.transform()
     return layer
@@ -70,22 +67,16 @@ def _layer(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int, bits: 
 def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> list[Any]:
     """One layer of humming a stage, for inputs of `bits` (8 for int8 rows, 16 for rows of `dtype`)."""
     coded, scale = weight.coded(), weight.scale.float()
-    out = [_layer(coded.codes[..., 0, :, :], scale, coded.zero, weight.group, bits, dtype)]
+    out = [_layer(coded.codes[0], scale, coded.zero, weight.group, bits, dtype)]
     if weight.stages == 2:
-        out.append(_layer(coded.codes[..., 1, :, :], scale / 16, None, weight.group, bits, dtype))
+        out.append(_layer(coded.codes[1], scale / 16, None, weight.group, bits, dtype))
     return out
 
 
-def multiply(layers: list[Any], rows: Tensor, unit: Tensor | None, starts: Tensor | None = None) -> Tensor:
-    """(M, K) int8 with (M, 1) units, or 16-bit rows with None -> (M, N) in the dtype of the layers.
-
-    Args:
-        starts: (E + 1,) int64, where the rows of each expert of a stack start; those after the last are not computed.
-    """
+def multiply(layers: list[Any], rows: Tensor, unit: Tensor | None) -> Tensor:
+    """(M, K) int8 with (M, 1) units, or 16-bit rows with None -> (M, N) in the dtype of the layers."""
     # Rows that arrive with their scale are taken as quantized.
-    given: dict[str, Any] = {} if unit is None else {"input_scale": unit}
-    if starts is not None:
-        given |= {"expert_layout": starts, "compute_config": {"gemm_type": "grouped_contiguous"}}
+    given: dict[str, Tensor] = {} if unit is None else {"input_scale": unit}
     y = layers[0](rows, **given)
     for layer in layers[1:]:
         y = y + layer(rows, **given)
@@ -115,25 +106,3 @@ def linear(
             y = y + (hot @ state.hot.weight.T).to(y.dtype)
     y = y.view(*x.shape[:-1], n)
     return (y if bias is None else y + bias).to(dtype)
-
-
-def linear_experts(
-    x: Tensor, weight: PackedTensor, starts: Tensor, recipe: ActivationRecipe | None, state: LinearState
-) -> Tensor:
-    """Rows of x (T, K), sorted by expert, times the weight of each one's expert: one product for the whole stack.
-
-    Args:
-        weight: packed (E, N, K). starts: as of `multiply`. recipe: None, or one of 8 bit.
-
-    Returns:
-        (T, N) in x's dtype.
-    """
-    key = f"cuda {x.dtype}"
-    if key not in state.prepared:
-        state.prepared[key] = prepare(weight, 16 if recipe is None else 8, x.dtype)
-    if recipe is None:
-        return multiply(state.prepared[key], x.contiguous(), None, starts)
-    with ops.use_backend("auto"):
-        rows = rows_of(x, recipe, state, ops.quantize)
-    assert isinstance(rows, Int8Rows)
-    return multiply(state.prepared[key], rows.codes, rows.unit, starts)
