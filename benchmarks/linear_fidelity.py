@@ -3,8 +3,8 @@
 python benchmarks/linear_fidelity.py --model model.gguf --text prose.txt --text tech.txt --text code.txt --json out.json
 
 24,576 tokens, paired, with standard errors. `--feedback FILE` adds rows of w4 with error feedback along second moments
-that the model collects on that text (which must not be one that is measured). Rows are kept in the JSON file as they
-come, and a rerun goes on where it stopped.
+that the model collects on that text (which must not be one that is measured); `--feedback self` on what it says
+itself. Rows are kept in the JSON file as they come, and a rerun goes on where it stopped.
 """
 
 import argparse
@@ -48,7 +48,9 @@ def main() -> None:
     p.add_argument("--model", required=True, help="hub name, folder or .gguf file")
     p.add_argument("--tokenizer", help="folder, where the model's own tokenizer is not to be used")
     p.add_argument("--text", type=Path, action="append", required=True)
-    p.add_argument("--feedback", type=Path, help="text for second moments")
+    p.add_argument(
+        "--feedback", type=Path, help="for second moments: a text; self: what the model says; random: tokens"
+    )
     p.add_argument("--ctx", type=int, default=2048)
     p.add_argument("--tokens", type=int, default=24_576)
     p.add_argument("--recipe", action="append", help="instead of all schemes; several times for more")
@@ -64,6 +66,7 @@ def main() -> None:
     from turboquant.evaluate import fidelity
     from turboquant.evaluate.linear import collect_moments
     from turboquant.evaluate.models import load
+    from turboquant.evaluate.quantizing import WITHOUT_TEXT
     from turboquant.evaluate.results import dumps, write
 
     if args.threads:
@@ -84,7 +87,8 @@ def main() -> None:
     )
     rows = fidelity(model, tokenizer, args.recipe or SCHEMES, args.text, args.ctx, args.tokens, **shared)
     if args.feedback:
-        moments = collect_moments(model, tokenizer, args.feedback)
+        without = WITHOUT_TEXT.get(str(args.feedback))
+        moments = without(model) if without else collect_moments(model, tokenizer, args.feedback)
         print(f"{time.time() - began:.0f} s second moments", file=sys.stderr, flush=True)
         rows += fidelity(model, tokenizer, FEEDBACK, args.text, args.ctx, args.tokens, moments=moments, **shared)
     info = machine(args.commit)

@@ -13,7 +13,14 @@ from typer.testing import CliRunner
 from turboquant.cli import app
 from turboquant.evaluate import EvaluateError, fidelity
 from turboquant.evaluate.inputs import linear_inputs
-from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_scheme
+from turboquant.evaluate.linear import (
+    LINEAR_BASELINES,
+    collect_moments,
+    linear_scheme,
+    moments_of,
+    own_words,
+    random_moments,
+)
 from turboquant.evaluate.quantizing import quantize
 from turboquant.evaluate.speed import bench
 from turboquant.layers.linear import QuantLinear
@@ -186,6 +193,24 @@ def test_commands(tiny_folder, tmp_path, prose):
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["new_tokens"] == 3 and json.loads(done.stdout)["pages_bytes"] == 0
     assert "w8a8 leaves it alone" in done.stderr and "0.00 packed" not in done.stderr
+
+
+def test_second_moments_without_a_text(tiny_llama, tmp_path, tiny_folder):
+    """Of random tokens, or of what the model says: the same every time, and no other random number moves."""
+    state = torch.get_rng_state()
+    for make in (random_moments, lambda m: moments_of(m, own_words(m, 256, 32))):
+        one, two = make(tiny_llama), make(tiny_llama)
+        assert set(one) == {n for n, m in tiny_llama.named_modules() if type(m) is nn.Linear and n != "lm_head"}
+        assert all(torch.equal(one[n], two[n]) for n in one)
+        assert all((torch.linalg.eigvalsh(m) > -1e-4 * m.diagonal().max()).all() for m in one.values())
+    assert torch.equal(torch.get_rng_state(), state)
+    plain, fed = (
+        quantize(tiny_folder, tmp_path / str(f), "w4a8", feedback=f, device="cpu")[0] for f in (None, "random")
+    )
+    assert all(a["error"] <= b["error"] for a, b in zip(plain, fed, strict=True)), (
+        "feedback serves outputs, not weights"
+    )
+    assert any(a["error"] < b["error"] for a, b in zip(plain, fed, strict=True))
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -8,7 +8,7 @@ from torch import nn
 
 from turboquant.kernels import fused, ops
 from turboquant.layers.convert import Plan, dequantize_model, quantize_model, quantized
-from turboquant.layers.fused import FusedMLP, FusedNorm, fuse, gate_rule, norm_rule, unfuse
+from turboquant.layers.fused import FusedMLP, FusedNorm, explain_fused, fuse, gate_rule, norm_rule, unfuse
 from turboquant.layers.linear import QuantLinear
 from turboquant.recipe import parse_recipe
 
@@ -153,6 +153,10 @@ def test_what_is_not_known_stays(tiny):
         "0.input_layernorm", "0.post_attention_layernorm", "0.mlp", "1.input_layernorm"
     }  # fmt: skip
     assert "hooks" in why["model.layers.0.post_attention_layernorm"]
+    rows = {r["name"]: r for r in explain_fused(model, torch.bfloat16, "cpu")}
+    assert len(rows) == 9 and all(r["kernel"] == "none" for r in rows.values()), "a CPU's reference"
+    assert "hooks" in rows["model.layers.0.post_attention_layernorm"]["why"]
+    assert "reference" in rows["model.layers.2.mlp"]["why"]
 
 
 @pytest.mark.parametrize("recipe", ["w4", "w4a4", "a4"])

@@ -160,7 +160,43 @@ def collect_moments(
     Raises:
         EvaluateError: the text is too short.
     """
-    ids = windows(tokenizer, read_texts(text), ctx, tokens).to(model.device)
+    return moments_of(model, windows(tokenizer, read_texts(text), ctx, tokens))
+
+
+@torch.no_grad()
+def own_words(model: Any, tokens: int = 4096, ctx: int = 128, seed: int = 0) -> Tensor:
+    """(tokens/ctx, ctx) token ids that a model says itself, at temperature 1, each row after one random token.
+
+    The ids depend on the seed alone for a given model and device; torch's own random state is left as it was.
+    """
+    rows = -(-tokens // ctx)
+    draw = torch.Generator().manual_seed(seed)
+    first = torch.randint(0, model.get_input_embeddings().weight.shape[0], (rows, 1), generator=draw).to(model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        ids: Tensor = model.generate(
+            first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            min_new_tokens=ctx - 1, max_new_tokens=ctx - 1, pad_token_id=0,
+        )  # fmt: skip
+    return ids
+
+
+def random_moments(model: Any, tokens: int = 4096, ctx: int = 256, seed: int = 0) -> dict[str, Tensor]:
+    """Second moments of the inputs of a model's linear layers on tokens drawn uniformly: no data is needed."""
+    draw = torch.Generator().manual_seed(seed)
+    size = model.get_input_embeddings().weight.shape[0]
+    return moments_of(model, torch.randint(0, size, (-(-tokens // ctx), ctx), generator=draw))
+
+
+def own_moments(model: Any) -> dict[str, Tensor]:
+    """Second moments on `own_words`: no data but what the model was made of."""
+    return moments_of(model, own_words(model))
+
+
+@torch.no_grad()
+def moments_of(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Second moments of the inputs of a model's linear layers on token ids (rows, ctx): name -> (K, K) fp32."""
+    ids = ids.to(model.device)
     head, handles = model.get_output_embeddings(), []
     out: dict[str, Tensor] = {}
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from turboquant.evaluate.errors import EvaluateError
-from turboquant.evaluate.linear import collect_moments
+from turboquant.evaluate.linear import collect_moments, own_moments, random_moments
 from turboquant.evaluate.models import load
 from turboquant.recipe import parse_recipe
 
+WITHOUT_TEXT = {"self": own_moments, "random": random_moments}
 Progress = Callable[[str, int, int], None]
 
 
@@ -21,7 +22,7 @@ def quantize(
     recipe: str = "w4a8kv4",
     keep: Sequence[str] = (),
     overrides: dict[str, str] | None = None,
-    feedback: Path | None = None,
+    feedback: Path | str | None = None,
     dtype: str = "bfloat16",
     device: str = "auto",
     progress: Progress | None = None,
@@ -32,7 +33,8 @@ def quantize(
         name, dtype, device: as for `models.load`; GGUF files too.
         out: a folder that does not exist yet or is empty; written whole or not at all.
         keep: modules whose weights stay as they are. overrides: pattern -> recipe, as of TurboQuantConfig.
-        feedback: a text on which second moments are collected, for error feedback in 4-bit weights.
+        feedback: what second moments are collected on, for error feedback in 4-bit weights: a text; "self" for
+            4,096 tokens that the model says itself, "random" for as many random ones: these two need no data.
 
     Returns:
         rows of `layers.convert.quantize_model`, and {"recipe", "weights", "bits_per_weight", "linear_before",
@@ -56,7 +58,10 @@ def quantize(
         raise EvaluateError(f"{out} cannot be written: there is no folder {out.parent}")
     model, tokenizer = load(name, dtype, device)
     before = _bytes(model)
-    moments = collect_moments(model, tokenizer, feedback) if feedback else None
+    moments = None
+    if feedback:
+        without = WITHOUT_TEXT.get(str(feedback))
+        moments = without(model) if without else collect_moments(model, tokenizer, feedback)
     rows = quantize_loaded(model, config, moments, progress)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + "."))
     try:

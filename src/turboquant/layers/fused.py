@@ -9,6 +9,7 @@ device, gradients, a compiled or a forced backend) the formula runs, that is, wh
 """
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,32 +196,55 @@ def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, str, QuantLinear, Any]]:
+    """(name, module, op, the layer that reads its output, rule or why it has none) of norms and MLPs as they were."""
+    norms: dict[str, tuple[Any, QuantLinear]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear) and _reads_int8(layer) and (found := norm_before(model, name)):
+            norms.setdefault(found[0], (found[1], layer))
+    for name, (norm, layer) in norms.items():
+        if not isinstance(norm, FusedNorm):
+            narrow = None if norm.weight.shape == (layer.in_features,) else "its width is another"
+            yield name, norm, "norm_quantize", layer, _changed(norm) or narrow or norm_rule(norm)
+    for name, mlp in list(model.named_modules()):
+        down: Any = getattr(mlp, "down_proj", None)
+        if not isinstance(mlp, FusedMLP) and _reads_int8(down):
+            yield name, mlp, "gate_quantize", down, _changed(mlp) or gate_rule(mlp)
+
+
 def fuse(model: nn.Module) -> list[dict[str, Any]]:
     """Put fused modules in place of norms and MLPs around quantized layers with 8-bit inputs.
 
     Returns:
         one row for each that was looked at: {"name", "op", "fused", "why"}.
     """
-    rows: list[dict[str, Any]] = []
-    norms: dict[str, tuple[Any, QuantLinear]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear) and _reads_int8(layer) and (found := norm_before(model, name)):
-            norms.setdefault(found[0], (found[1], layer))
-    for name, (norm, layer) in norms.items():
-        if isinstance(norm, FusedNorm):
+    rows = []
+    for name, module, op, layer, rule in list(_candidates(model)):
+        known = not isinstance(rule, str)
+        if known:
+            _put(model, name, FusedNorm(module, rule, layer) if op == "norm_quantize" else FusedMLP(module, rule))
+        rows.append({"name": name, "op": op, "fused": known, "why": str(rule) if known else f"as it is: {rule}"})
+    return rows
+
+
+def explain_fused(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> list[dict[str, str]]:
+    """Which norms and MLPs of a quantized model quantize what they return in one pass with inputs of a dtype.
+
+    Returns:
+        rows {"name", "op", "kernel" ("none" where two run one after another), "why"}.
+    """
+    rows = [{"name": name, "op": op, "kernel": "none", "why": f"{rule}"} for name, _, op, _, rule in _candidates(model)]
+    for name, module in model.named_modules():
+        if isinstance(module, FusedNorm):
+            op, slot = "norm_quantize", module.slot
+        elif isinstance(module, FusedMLP) and _reads_int8(module.down_proj):
+            op, slot = "gate_quantize", module.down_proj.slot
+        else:
             continue
-        narrow = None if norm.weight.shape == (layer.in_features,) else "its width is another"
-        rule: Any = _changed(norm) or narrow or norm_rule(norm)
-        if isinstance(rule, NormRule):
-            _put(model, name, FusedNorm(norm, rule, layer))
-        rows.append(_row(name, "norm_quantize", rule))
-    for name, mlp in list(model.named_modules()):
-        if isinstance(mlp, FusedMLP) or not _reads_int8(getattr(mlp, "down_proj", None)):
-            continue
-        rule = _changed(mlp) or gate_rule(mlp)
-        if isinstance(rule, GateRule):
-            _put(model, name, FusedMLP(mlp, rule))
-        rows.append(_row(name, "gate_quantize", rule))
+        run = ops.fused(op, slot.spec(dtype), torch.device(device))
+        kernel = "none" if run is None else run.__module__.removeprefix("turboquant.kernels.").split(".")[0]
+        why = next(r["why"] for r in ops.explain_linear(slot.spec(dtype), device) if r["op"] == op)
+        rows.append({"name": name, "op": op, "kernel": kernel, "why": why})
     return rows
 
 
@@ -234,11 +258,6 @@ def unfuse(model: nn.Module) -> None:
         else:
             continue
         _put(model, name, module.own[0].train(module.training))
-
-
-def _row(name: str, op: str, rule: Any) -> dict[str, Any]:
-    known = not isinstance(rule, str)
-    return {"name": name, "op": op, "fused": known, "why": str(rule) if known else f"as it is: {rule}"}
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
