@@ -121,8 +121,9 @@ static void few(const Product& p, int64_t first, int64_t last, uint8_t* scratch)
     int64_t left = per, g = 0;
     for (int64_t at = 0; at < eights; at += LANES) {
       Words<S> words;
-      for (int i = 0; i < LANES; i++) {
-        for (int s = 0; s < S; s++) __builtin_prefetch(panel.codes[i] + s * panel.stage + at * 4 + ahead);
+      for (int s = 0; s < S; s++) {  // the next panel, in the order of memory
+        const uint8_t* next = panel.codes[0] + s * panel.stage + ahead + at * 4 * LANES;
+        for (int64_t i = 0; i < BYTES * LANES; i += 64) __builtin_prefetch(next + i, 0, 2);
       }
       if (eights - at >= LANES && per % LANES == 0) {
         words.load(panel, at * 4, BYTES);
