@@ -1,6 +1,6 @@
 """The CPU backend: packed codes read with AVX-512 VNNI, AVX-512, AVX2 or portable vectors (NEON on aarch64).
 
-See `cache`, `rows` and `product`; the C++ is in csrc/. `linear` says which linear layers need the package auto-round-lib.
+See `cache`, `rows` and `product`; the C++ is in csrc/. `linear` says which layers need the package auto-round-lib.
 """
 
 from typing import Any
