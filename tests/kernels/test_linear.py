@@ -7,12 +7,14 @@ import platform
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from turboquant.kernels import ops
+from turboquant.kernels.cpu import cache as cpu
 from turboquant.kernels.linear import Hot, LinearSpec, LinearState, Shared, dequantize, linear, quantize
 from turboquant.maths.rotation import rotate, unrotate
 from turboquant.packed.tensor import PackedTensor
@@ -87,7 +89,10 @@ def test_explain_names_a_kernel_for_every_op_and_says_what_is_missing():
     assert {r["kernel"] for r in rows} <= set(ops.BACKENDS)
     product = rows[-1]
     assert "cuda: tensors are on cpu" in product["why"]
+    if cpu.isas():
+        assert product["kernel"] == "cpu"
     if importlib.util.find_spec("auto_round_kernel") is None:
+        product = ops.explain_linear(replace(SPEC, activation_bits=16))[-1]
         assert product["kernel"] == "reference" and "pip install 'turboquant[cpu]'" in product["why"]
 
 

@@ -159,7 +159,7 @@ def test_output_embeddings(tied, saved, tmp_path, ids):
     assert type(plain.lm_head) is torch.nn.Linear
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
     q = load(folder, "w8a8:head=8")
-    assert isinstance(q.lm_head, QuantLinear) and q.lm_head.recipe.name == "w8"
+    assert isinstance(q.lm_head, QuantLinear) and q.lm_head.recipe.name == "w8a8"
     assert torch.equal(q.model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert relative(logits(q, ids), logits(model, ids)) < 0.2
     for n, m in (("tied", plain), ("head", q)):
@@ -245,6 +245,14 @@ def test_a_configuration_that_the_checkpoint_cannot_serve(packed, key, value, wo
     path.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=words):
         AutoModelForCausalLM.from_pretrained(packed)
+
+
+def test_output_embeddings_of_the_first_format_are_refused():
+    for refused in ({"recipe": "w4a8:head=8"}, {"recipe": "w4", "overrides": {"lm_head": "w8a8:head=8"}}):
+        with pytest.raises(CheckpointError, match="format 1 with"):
+            TurboQuantConfig(**refused, format=1)
+    for read in ("w4a8", "w4:head=8", "w4a4:head=8", "kv4"):
+        assert TurboQuantConfig(read, format=1).format == 1
 
 
 def test_config_refuses():

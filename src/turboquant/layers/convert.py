@@ -121,9 +121,10 @@ def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iter
 
 
 def head_recipe(recipe: Recipe) -> Recipe:
-    """Output embeddings asked for with head=8: two stages, their input as it is."""
+    """Output embeddings asked for with head=8: two stages, their input in 8 bit if that of the layers is."""
     assert recipe.weights is not None
-    return Recipe(weights=replace(recipe.weights, bits=8, head=0))
+    a = recipe.activations
+    return Recipe(weights=replace(recipe.weights, bits=8, head=0), activations=a if a and a.bits == 8 else None)
 
 
 def shell(

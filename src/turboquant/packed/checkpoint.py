@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-FORMAT = 1
+FORMAT = 2  # 2: output embeddings (head=8) are rotated where the inputs of the layers have 8 bit
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8,
     "I8": torch.int8, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,

@@ -15,7 +15,7 @@ from turboquant.integrations.transformers.attention import NAME
 from turboquant.integrations.transformers.cache import TurboQuantCache
 from turboquant.layers.cache import CacheError
 from turboquant.layers.convert import Plan
-from turboquant.packed.checkpoint import FORMAT, check_format
+from turboquant.packed.checkpoint import FORMAT, CheckpointError, check_format
 from turboquant.recipe import Recipe, parse_recipe
 
 
@@ -86,7 +86,7 @@ class TurboQuantConfig(QuantizationConfigMixin):
 
     Raises:
         RecipeError: an unknown recipe, or a pattern that is no regular expression.
-        CheckpointError: a format of a newer version.
+        CheckpointError: a format of a newer version, or 1 with output embeddings that are read otherwise now.
     """
 
     def __init__(
@@ -110,6 +110,11 @@ class TurboQuantConfig(QuantizationConfigMixin):
         self.overrides = dict(overrides or {})
         self.format = format
         self.plan()
+        for asked in (self.recipe, *(r for r in self.overrides.values() if r != "none")):
+            r = parse_recipe(asked)
+            if format == 1 and r.weights and r.weights.head and r.activations and r.activations.bits == 8:
+                raise CheckpointError(f"quantization_config: format 1 with {asked}: its output embeddings are not "
+                                      "rotated as this version reads them; quantize the model anew")  # fmt: skip
 
     def plan(self) -> Plan:
         """What to quantize how."""

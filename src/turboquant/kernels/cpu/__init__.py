@@ -1,7 +1,6 @@
 """The CPU backend: packed codes read with AVX-512 VNNI, AVX-512, AVX2 or portable vectors (NEON on aarch64).
 
-See `cache` and `rows`; the C++ is in csrc/. Its linear layers run where the package auto-round-lib is installed, see
-`linear`.
+See `cache`, `rows` and `product`; the C++ is in csrc/. `linear` says which layers need the package auto-round-lib.
 """
 
 from typing import Any

@@ -1,10 +1,8 @@
-"""Linear layers on the CPU: products with packed weights by auto-round-lib (`pip install auto-round-lib`).
+"""Linear layers on the CPU: rotation and rounding of rows and their product with packed weights in C++ (`rows`,
+`product`); rows that stay as they are by auto-round-lib (`pip install auto-round-lib`).
 
-The library multiplies float rows with 4- or 8-bit weights, in int8 where the processor and its own choice allow and in
-fp32 otherwise. It is handed what the quantized rows stand for, so results are the reference's up to the order of sums
-(and up to the library's own int8 rounding of groups of rows, where it uses it). It takes fp32 rows only: others corrupt
-its memory. The rotation and rounding of rows is done by
-`quantize_rows` of the native module where it is built.
+That library multiplies float rows with 4- or 8-bit weights. It takes fp32 rows only (others corrupt its memory), and
+holds a copy of the weight in a layout of its own.
 """
 
 import importlib.util
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels import linear as reference
-from turboquant.kernels.cpu import cache
+from turboquant.kernels.cpu import cache, product
 from turboquant.kernels.linear import Hot, LinearSpec, LinearState
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.maths.rotation import hadamard_block
@@ -48,15 +46,19 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
         if inputs % 16 or bits != 8:
             return f"cpu: quantizes to 8 bit and in sixteens, not {inputs} inputs to {bits} bit"
         return cache.supports(op, None, device)
+    if isinstance(spec, LinearSpec) and not spec.stages:
+        return "cpu: the weight is not packed"
+    if isinstance(spec, LinearSpec) and spec.activation_bits != 16:
+        return cache.supports(op, None, device) or product.refusal(spec.inputs, spec.group, spec.dtype)
+    return _float_rows_refusal(spec)
+
+
+def _float_rows_refusal(spec: Any) -> str | None:
     if importlib.util.find_spec(PACKAGE) is None:
-        return "cpu: auto-round-lib is not installed (pip install 'turboquant[cpu]')"
+        return "cpu: auto-round-lib is not installed (pip install 'turboquant[cpu]'), which serves rows of 16 bit"
     if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 13):
         return f"cpu: auto-round-lib needs torch 2.13 or newer, this is {torch.__version__}"
-    if not isinstance(spec, LinearSpec):
-        return None
-    if not spec.stages:
-        return "cpu: the weight is not packed"
-    if spec.group % 16 or spec.inputs % 16 or spec.outputs % 16:
+    if isinstance(spec, LinearSpec) and (spec.group % 16 or spec.inputs % 16 or spec.outputs % 16):
         return f"cpu: a weight of {spec.outputs}x{spec.inputs} in groups of {spec.group} is not made of sixteens"
     return None
 
@@ -89,23 +91,34 @@ def linear(
     x: Tensor, weight: PackedTensor, bias: Tensor | None, recipe: ActivationRecipe | None, state: LinearState
 ) -> Tensor:
     """Contract in `kernels.linear.linear`; the weight must be packed."""
-    ark: Any = import_module(PACKAGE)
-    if "cpu" not in state.prepared:
-        state.prepared["cpu"] = _prepare(weight)
-    blob, kind = state.prepared["cpu"]
-    n, k = weight.shape
-    extra = None
     if recipe is None:
-        rows = x.float()
-    else:
-        make = lambda: quantize(x, recipe, state.hot)  # noqa: E731
-        q = state.shared.take(x, recipe, make) if state.shared and recipe.bits == 8 else make()
-        rows = (q.codes if isinstance(q, Int8Rows) else q.int8()).float() * q.unit
-        if isinstance(q, Int4Rows) and state.hot is not None and state.hot.weight is not None:
-            extra = (q.hot.float() * q.hot_unit) @ state.hot.weight.T
-    flat = rows.reshape(-1, k).contiguous()
+        return _float_rows(x, weight, bias, state)
+    packed = state.prepared.get("cpu")
+    if packed is None or packed.key != product.key_of(weight):
+        packed = state.prepared["cpu"] = product.Packed(weight)
+    k = x.shape[-1]
+    if recipe.bits == 8:
+        if x.numel() <= product.AT_ONCE * k and product.fits(x, packed):
+            return product.multiply_float(packed, x.reshape(-1, k), bias).view(*x.shape[:-1], packed.outputs)
+        make = lambda: quantize(x, recipe)  # noqa: E731
+        rows: Any = state.shared.take(x, recipe, make) if state.shared else make()
+        return product.multiply(packed, rows, bias, x.dtype)
+    q = quantize(x, recipe, state.hot)
+    assert isinstance(q, Int4Rows)
+    y = product.multiply(packed, Int8Rows(q.int8(), q.unit), None, torch.float32)
+    if state.hot is not None and state.hot.weight is not None:
+        y += (q.hot.float() * q.hot_unit) @ state.hot.weight.T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _float_rows(x: Tensor, weight: PackedTensor, bias: Tensor | None, state: LinearState) -> Tensor:
+    ark: Any = import_module(PACKAGE)
+    if "auto-round" not in state.prepared:
+        state.prepared["auto-round"] = _prepare(weight)
+    blob, kind = state.prepared["auto-round"]
+    n, k = weight.shape
+    flat = x.float().reshape(-1, k).contiguous()
     if len(flat) == 0:
         return x.new_empty(*x.shape[:-1], n)
     y = ark.woqgemm(flat, blob, torch.empty(0), n, k, weight.group, "int8", kind, "fp32", True).view(*x.shape[:-1], n)
-    y = y if extra is None else y + extra
     return (y if bias is None else y + bias.float()).to(x.dtype)

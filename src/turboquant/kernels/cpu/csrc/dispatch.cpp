@@ -10,6 +10,7 @@ namespace tq {
   extern const Kernels kernels;   \
   extern const Encoder encoder;   \
   extern const Quantizer quantizer; \
+  extern const Multiplier multiplier; \
   }
 
 TQ_DECLARE(portable)
@@ -25,10 +26,11 @@ struct Table {
   const Kernels* kernels[4];
   const Encoder* encoder[4];
   const Quantizer* quantizer[4];
+  const Multiplier* multiplier[4];
   const char* names[4];
   int count = 0;
-  void take(const Kernels& k, const Encoder& e, const Quantizer& q) {
-    kernels[count] = &k, encoder[count] = &e, quantizer[count] = &q, names[count++] = k.name;
+  void take(const Kernels& k, const Encoder& e, const Quantizer& q, const Multiplier& m) {
+    kernels[count] = &k, encoder[count] = &e, quantizer[count] = &q, multiplier[count] = &m, names[count++] = k.name;
   }
   Table() {
 #if defined(TQ_X86)
@@ -36,15 +38,15 @@ struct Table {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
-        take(avx512vnni::kernels, avx512::encoder, avx512::quantizer);
+        take(avx512vnni::kernels, avx512::encoder, avx512::quantizer, avx512vnni::multiplier);
       }
-      take(avx512::kernels, avx512::encoder, avx512::quantizer);
+      take(avx512::kernels, avx512::encoder, avx512::quantizer, avx512::multiplier);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-      take(avx2::kernels, avx2::encoder, avx2::quantizer);
+      take(avx2::kernels, avx2::encoder, avx2::quantizer, avx2::multiplier);
     }
 #endif
-    take(portable::kernels, portable::encoder, portable::quantizer);
+    take(portable::kernels, portable::encoder, portable::quantizer, portable::multiplier);
   }
   int find(const char* isa) const {
     for (int i = 0; i < count; i++) {
@@ -64,6 +66,7 @@ const Table& table() {
 const Kernels& kernels_of(const char* isa) { return *table().kernels[table().find(isa)]; }
 const Encoder& encoder_of(const char* isa) { return *table().encoder[table().find(isa)]; }
 const Quantizer& quantizer_of(const char* isa) { return *table().quantizer[table().find(isa)]; }
+const Multiplier& multiplier_of(const char* isa) { return *table().multiplier[table().find(isa)]; }
 const char* const* isa_names(int* count) {
   *count = table().count;
   return table().names;

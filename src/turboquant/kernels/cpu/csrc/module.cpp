@@ -102,6 +102,14 @@ using Row = std::array<int64_t, 5>;  // address, strides of batch, head and toke
 
 Strided strided(const Row& r) { return {address<void>(r[0]), r[1], r[2], r[3], int(r[4])}; }
 
+void quantize(const RowsToQuantize& a, int64_t rows, const Quantizer& q, int threads) {
+  const int64_t per = std::max<int64_t>(1, 8192 / a.width);  // rows of a task
+  parallel((rows + per - 1) / per, threads, [&](int64_t task, int) {
+    std::unique_ptr<float[]> scratch(new float[a.width]);
+    for (int64_t row = task * per; row < std::min(rows, (task + 1) * per); row++) q.row(a, row, scratch.get());
+  });
+}
+
 struct Prepared {
   Call call{};
   std::vector<int64_t> start, position;
@@ -168,12 +176,30 @@ NB_MODULE(_native, m) {
     nb::gil_scoped_release release;
     const RowsToQuantize a{address<void>(at[0]), int(size[4]), int(size[3]), size[1], size[2], address<float>(at[1]),
                            float(norm), address<int8_t>(at[2]), address<float>(at[3])};
-    const int64_t rows = size[0], per = std::max<int64_t>(1, 8192 / a.width);  // rows of a task
-    const Quantizer& q = quantizer_of(isa.c_str());
-    parallel((rows + per - 1) / per, threads, [&](int64_t task, int) {
-      std::unique_ptr<float[]> scratch(new float[a.width]);
-      for (int64_t row = task * per; row < std::min(rows, (task + 1) * per); row++) q.row(a, row, scratch.get());
-    });
+    quantize(a, size[0], quantizer_of(isa.c_str()), threads);
+  });
+  // addresses: codes scale zero; sizes: N K G S
+  nb::class_<Weight>(m, "Weight").def("__init__", [](Weight* w, const std::array<int64_t, 3>& at,
+                                                      const std::array<int64_t, 4>& size) {
+    new (w) Weight{address<uint8_t>(at[0]), address<uint16_t>(at[1]), address<uint8_t>(at[2]), size[0], size[1], size[2],
+                   int(size[3])};
+  });
+  // addresses: x unit signs bias out; sizes: rows stride block, dtypes of x, bias and out. With signs, x are rows to be
+  // rotated and rounded, and unit is ignored; without, int8 codes.
+  m.def("linear", [](const Weight& w, const std::string& isa, int threads, const std::array<int64_t, 5>& at,
+                     const std::array<int64_t, 6>& size, double norm) {
+    nb::gil_scoped_release release;
+    Product p{w, size[0], address<int8_t>(at[0]), nullptr, address<float>(at[1]), address<void>(at[3]), int(size[4]),
+              address<void>(at[4]), int(size[5])};
+    std::unique_ptr<int8_t[]> codes;
+    std::unique_ptr<float[]> unit;
+    if (at[2]) {
+      codes.reset(new int8_t[p.m * w.k]), unit.reset(new float[p.m]);
+      quantize({address<void>(at[0]), int(size[3]), int(size[2]), w.k, size[1], address<float>(at[2]), float(norm),
+                codes.get(), unit.get()}, p.m, quantizer_of(isa.c_str()), threads);
+      p.x = codes.get(), p.unit = unit.get();
+    }
+    multiply(p, multiplier_of(isa.c_str()), threads);
   });
   m.def("append", [](const Spec& spec, const std::string& isa, int threads, const std::array<int64_t, 10>& buffers,
                      const std::array<int64_t, 10>& sizes, const Row& q, const Row& k, const Row& v, int64_t valid) {

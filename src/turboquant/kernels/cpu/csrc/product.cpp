@@ -1,0 +1,73 @@
+// The product with a packed weight: arrange the rows once, then cut the outputs into tasks.
+#include "product.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "pool.h"
+
+namespace tq {
+namespace {
+
+inline uint64_t even_first(uint64_t x) {  // bytes 0 2 4 6 1 3 5 7
+  uint64_t t = (x ^ (x >> 8)) & 0x0000FF000000FF00u;
+  x ^= t ^ (t << 8);
+  t = (x ^ (x >> 16)) & 0x00000000FFFF0000u;
+  return x ^ t ^ (t << 16);
+}
+
+void arrange(const Weight& w, const int8_t* rows, int r, int8_t* out, int32_t* sums) {
+  const int64_t group = w.group();
+  for (int i = 0; i < r; i++) {
+    const int8_t* x = rows + i * w.k;
+    for (int64_t g = 0; g < w.groups; g++) {
+      int32_t sum = 0;
+      for (int64_t k = g * group; k < (g + 1) * group; k++) sum += x[k];
+      sums[i * w.groups + g] = sum;
+    }
+    for (int64_t k = 0; k < w.k; k += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, x + k, 8);
+      eight = even_first(eight);
+      const uint32_t even = uint32_t(eight), odd = uint32_t(eight >> 32);
+      std::memcpy(out + (k / 4 * r + i) * 4, &even, 4);
+      std::memcpy(out + ((k / 4 + 1) * r + i) * 4, &odd, 4);
+    }
+  }
+}
+
+uint8_t* scratch_of_thread(int64_t bytes) {  // on a cache line
+  static thread_local std::vector<uint8_t> room;
+  if (int64_t(room.size()) < bytes + 64) room.resize(size_t(bytes) + 64);
+  return room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) % 64;
+}
+
+}  // namespace
+
+void multiply(Product p, const Multiplier& kernel, int threads) {
+  const Weight& w = p.w;
+  if (p.m == 0 || w.n == 0) return;
+  std::unique_ptr<int8_t[]> x(new int8_t[p.m * w.k]);
+  std::unique_ptr<int32_t[]> sums(new int32_t[p.m * w.groups]);
+  std::vector<int64_t> starts;
+  for (int64_t m = 0; m < p.m; m += block_rows(p.m, p.m - m, kernel.block)) starts.push_back(m);
+  const int64_t blocks = int64_t(starts.size()), some = std::max<int64_t>(1, 65536 / (MOST * w.k));
+  starts.push_back(p.m);
+  parallel((blocks + some - 1) / some, threads, [&](int64_t task, int) {
+    for (int64_t b = task * some; b < std::min(blocks, (task + 1) * some); b++) {
+      const int64_t m = starts[b];
+      arrange(w, p.x + m * w.k, int(starts[b + 1] - m), x.get() + m * w.k, sums.get() + m * w.groups);
+    }
+  });
+  p.x = x.get(), p.sums = sums.get();
+  // a task reads about 32 KiB of weights, or computes 32 outputs of many rows
+  const int64_t bytes = 16 * w.k * w.stages;  // of 32 outputs
+  const int64_t per = 32 * (p.m > FEW ? 1 : std::max<int64_t>(1, 32768 / bytes));
+  parallel((w.n + per - 1) / per, threads, [&](int64_t task, int) {
+    kernel.outputs(p, task * per, std::min(w.n, (task + 1) * per), scratch_of_thread(product_scratch(w)));
+  });
+}
+
+}  // namespace tq
