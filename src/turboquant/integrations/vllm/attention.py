@@ -149,12 +149,14 @@ class TurboQuantImpl(AttentionImpl):
         page = self.layout.page(pages.shape[2])
         for i, call in enumerate(self._calls()):
             q, k, v = (x[call.tokens].transpose(1, 2) for x in (query, key, value))
-            buf = self.tail.gather(call, pages, attn_metadata.of(i, call))
+            if not call.chained:
+                buf = self.tail.gather(call, pages, attn_metadata.of(i, call))
             args = (None, None, self.scale, self.window, self.softcap, self.sinks)
             out = ops.cache_attention(buf, page, q, k, v, *args)
             ops.cache_append(buf, page, q, k, v, None)
             self.tail.scatter(call, buf, k, v)
-            self.nonfinite = self.nonfinite + buf.nonfinite.sum()
+            self.nonfinite += buf.nonfinite.sum()
+            buf.nonfinite.zero_()
             output[call.tokens] = out.transpose(1, 2).to(output.dtype)
         return output
 
@@ -190,7 +192,7 @@ class Pages:
     def of(self, number: int, call: Any) -> Tensor:
         """(G, M) int32 of the rows of a step's call."""
         if number not in self._of:
-            self._of[number] = self.table[call.rows, : call.pages].contiguous()
+            self._of[number] = self.table[call.rows, : call.columns].contiguous()
         return self._of[number]
 
 

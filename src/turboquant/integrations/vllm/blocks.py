@@ -94,6 +94,6 @@ class BlockLayout:
     def buffers(self, pages: Tensor, table: Tensor, length: Tensor) -> CacheBuffers:
         """Zeroed buffers of len(table) sequences around a page pool."""
         specs = CacheBuffers.specs(self.page(pages.shape[2]), len(table), pages.shape[1], self.dtype)
-        given = {"pages": pages, "table": table, "length": length}
+        given = {"pages": pages, "table": table, "length": length.clone()}  # append counts in it
         new = {n: torch.zeros(s, dtype=t, device=pages.device) for n, (s, t) in specs.items() if n not in given}
         return CacheBuffers(**given, **new)

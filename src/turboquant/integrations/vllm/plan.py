@@ -2,7 +2,8 @@
 
 A request's new tokens are cut where pages end and every `kv.chunk` tokens of a page, at positions of the sequence: what
 a query reads, and with what it is added up, depends on its position, never on how the scheduler cut the prompt, nor on
-where a prefix hit began. Pieces of equal length of different requests are one call, so a decode batch is one.
+where a prefix hit began. Requests of one piece go together where the pieces are of equal length, so a decode batch is
+one call; the pieces of a longer chunk are a chain of calls on the same buffers.
 
 Everything is computed once per step and KV cache group, for all layers of the group.
 """
@@ -16,7 +17,23 @@ from torch import Tensor
 from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.packed.buffers import READER_STRIDE, STATES
 
-NULL = 0  # vLLM's null block: what is outside the window, or not there yet
+NULL = 0  # vLLM's null block: outside the window, not kept, or not there yet
+Place = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Before:
+    """Where the tail of G rows is read, as (block, place).
+
+    Attributes:
+        ring, sinks, readers: (G, C), (G, S), (G, J).
+        tracker: (row, state slot), each (·,), and blocks (·, page/T) of the state after the last page.
+    """
+
+    ring: Place
+    sinks: Place
+    readers: Place
+    tracker: tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -25,24 +42,22 @@ class Call:
 
     Attributes:
         rows: (G,) of the batch. start: (G,) int64 tokens before. tokens: (G, n) of the step's tokens.
-        pages: columns of the page table that the call reads or writes.
-        ring, sinks, readers: (block, place) of what is read, (G, C), (G, S), (G, J); None for sequences at their start.
-        tracker: (row, state slot, blocks (·, page/T)) of the state after the last page.
-        new: (block, place), (G, n), where the tokens go.
-        samples: (row, sample slot, block, place), each (·,), of the new reader samples.
-        states: (row, state slot, blocks (·, page/T)) of the pages that the call completes.
+        chained: the rows are those of the call before, which has left their buffers as they are needed.
+        columns: of the page table that the call and the chain after it read or write.
+        before: None for sequences at their start, and in a chain.
+        new: (row, place in the call), (block, place), each (·,): where tokens go that are kept.
+        samples: (row, sample slot), (block, place), each (·,): where new reader samples go.
+        states: (row, state slot), each (·,), and blocks (·, page/T): where states after completed pages go.
     """
 
     rows: Tensor
     start: Tensor
     tokens: Tensor
-    pages: int
-    ring: tuple[Tensor, Tensor] | None
-    sinks: tuple[Tensor, Tensor] | None
-    readers: tuple[Tensor, Tensor] | None
-    tracker: tuple[Tensor, Tensor, Tensor]
-    new: tuple[Tensor, Tensor]
-    samples: tuple[Tensor, Tensor, Tensor, Tensor]
+    chained: bool
+    columns: int
+    before: Before | None
+    new: tuple[Place, Place]
+    samples: tuple[Place, Place]
     states: tuple[Tensor, Tensor, Tensor]
 
 
@@ -68,57 +83,79 @@ def plan(layout: BlockLayout, starts: Sequence[int], counts: Sequence[int], tabl
         starts, counts: computed tokens of each request, and new ones, which follow one another in the step.
         table: (R, M) int, tail blocks of each request; its device is that of the result.
     """
-    kv, at, rounds = layout.kv, 0, {}
+    kv, at = layout.kv, 0
+    single: dict[int, list[tuple[int, int, int]]] = {}
+    calls: list[Call] = []
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        for k, (first, n) in enumerate(pieces(start, count, kv.page, kv.chunk)):
-            rounds.setdefault((k, n), []).append((row, first, at + first - start))
+        some = pieces(start, count, kv.page, kv.chunk)
+        if len(some) == 1:
+            single.setdefault(count, []).append((row, start, at))
+        else:
+            for first, n in some:
+                calls.append(_call(layout, n, [(row, first, at + first - start)], table, first > start, start + count))
         at += count
-    return [_call(layout, n, rows, table) for (_, n), rows in sorted(rounds.items(), key=lambda item: item[0][0])]
+    return calls + [_call(layout, n, rows, table) for n, rows in single.items()]
 
 
-def _call(layout: BlockLayout, n: int, rows: list[tuple[int, int, int]], table: Tensor) -> Call:
+def _call(
+    layout: BlockLayout, n: int, rows: list[tuple[int, int, int]], table: Tensor, chained: bool = False, end: int = 0
+) -> Call:
     kv, size, device = layout.kv, layout.tokens, table.device
     row, start, at = torch.tensor(rows, dtype=torch.int64, device=device).unbind(1)
     table, latest = table[row].long(), max(r[1] for r in rows)
     step = torch.arange(n, device=device)
+    new = _where(
+        torch.arange(len(rows), device=device)[:, None].expand(-1, n), start[:, None] + step, step, size, table
+    )
+    sampled = range(READER_STRIDE - 1, max(r[1] for r in rows) + n, READER_STRIDE)
+    samples = [(g, i) for g, (_, first, _) in enumerate(rows) for i in sampled if first <= i < first + n]
+    who, token = torch.tensor(samples, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+    (who, slot), (block, place) = _where(who, token, token // READER_STRIDE % _samples(layout), size, table)
+    return Call(
+        row, start, at[:, None] + step, chained, -(-max(end, latest + n) // kv.page),
+        _before(layout, start, rows, table) if latest and not chained else None,
+        new, ((who, slot), (block, place // READER_STRIDE)),
+        _states(layout, [first + n if (first + n) % kv.page == 0 else 0 for _, first, _ in rows], table),
+    )  # fmt: skip
 
-    def place(position: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        block = table.gather(1, position.clamp_min(0) // size).where(there, NULL)
-        return block, position % size
+
+def _samples(layout: BlockLayout) -> int:
+    return (layout.kv.page + layout.kv.rewind) // READER_STRIDE + 1
+
+
+def _where(who: Tensor, position: Tensor, slot: Tensor, size: int, table: Tensor) -> tuple[Place, Place]:
+    """(row, slot), (block, place) of the positions that have a block."""
+    who, position, slot = (x.flatten() for x in torch.broadcast_tensors(who, position, slot))
+    block = table[who, position // size]
+    kept = block != NULL
+    return (who[kept], slot[kept]), (block[kept], position[kept] % size)
+
+
+def _before(layout: BlockLayout, start: Tensor, rows: list[tuple[int, int, int]], table: Tensor) -> Before:
+    kv, size = layout.kv, layout.tokens
+    start = start[:, None]
+
+    def place(position: Tensor, there: Tensor) -> Place:
+        return table.gather(1, position.clamp_min(0) // size).where(there, NULL), position % size
 
     def slots(count: int, newest: Tensor) -> Tensor:  # number in each slot, negative where nothing was written
-        return newest - (newest - torch.arange(count, device=device)) % count
+        return newest - (newest - torch.arange(count, device=start.device)) % count
 
-    ring = sinks = readers = None
-    if latest:
-        position = slots(kv.ring_slots, start[:, None] - 1)
-        ring = place(position, position >= 0)
-        sample = slots((kv.page + kv.rewind) // READER_STRIDE + 1, start[:, None] // READER_STRIDE - 1)
-        block, token = place(sample * READER_STRIDE + READER_STRIDE - 1, sample >= 0)
-        readers = block, token // READER_STRIDE
-        if kv.sinks:
-            position = torch.arange(kv.sinks, device=device).expand(len(rows), -1)
-            sinks = place(position, position < start[:, None])
-
-    def states(tokens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        some = [(g, t // kv.page - 1) for g, t in enumerate(tokens) if t]
-        who, page = torch.tensor(some, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
-        block = page[:, None] * (kv.page // size) + torch.arange(kv.page // size, device=device)
-        return who, page % STATES, table[who].gather(1, block)
-
-    position = start[:, None] + step
-    new = place(position, position >= 0)
-    found = [
-        (g, i // READER_STRIDE, i)
-        for g, (_, first, _) in enumerate(rows)
-        for i in range(first, first + n)
-        if i % READER_STRIDE == READER_STRIDE - 1
-    ]
-    who, sample, token = torch.tensor(found, dtype=torch.int64, device=device).view(-1, 3).unbind(1)
-    slot = sample % ((kv.page + kv.rewind) // READER_STRIDE + 1)
-    samples = who, slot, table[who, token // size], token % size // READER_STRIDE
-    return Call(
-        row, start, at[:, None] + step, -(-(latest + n) // kv.page), ring, sinks, readers,
-        states([first // kv.page * kv.page for _, first, _ in rows]), new, samples,
-        states([first + n if (first + n) % kv.page == 0 else 0 for _, first, _ in rows]),
+    ring = slots(kv.ring_slots, start - 1)
+    sample = slots(_samples(layout), start // READER_STRIDE - 1)
+    block, token = place(sample * READER_STRIDE + READER_STRIDE - 1, sample >= 0)
+    sinks = torch.arange(kv.sinks, device=start.device).expand(len(rows), -1)
+    return Before(
+        place(ring, ring >= 0), place(sinks, sinks < start), (block, token // READER_STRIDE),
+        _states(layout, [first // kv.page * kv.page for _, first, _ in rows], table),
     )  # fmt: skip
+
+
+def _states(layout: BlockLayout, ends: list[int], table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, state slot, blocks) of the state after the page that ends at each row's token; none for 0."""
+    page, size = layout.kv.page, layout.tokens
+    some = [(g, t // page - 1) for g, t in enumerate(ends) if t]
+    who, number = torch.tensor(some, dtype=torch.int64, device=table.device).view(-1, 2).unbind(1)
+    block = number[:, None] * (page // size) + torch.arange(page // size, device=table.device)
+    block = table[who].gather(1, block)
+    return who, number % STATES, block

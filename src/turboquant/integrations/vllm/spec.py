@@ -1,7 +1,9 @@
 """The tail as vLLM's scheduler sees it: a sliding window whose first blocks (the sinks) are never dropped.
 
 vLLM keeps the blocks of a running request that are in the window, and takes a prefix hit only where every one of them
-is still cached; the manager here adds the first `sink_blocks` to both.
+is still cached; the manager here adds the first `sink_blocks` to both. Of a long prompt only those tail blocks are
+there at all from which a request may go on: at the end of a step, and every `interval` tokens for prefix hits within
+the prompt. The others are null blocks: no step reads them.
 """
 
 from collections.abc import Sequence
@@ -20,14 +22,29 @@ class TailSpec(SlidingWindowSpec):
 
     Attributes:
         sink_blocks: blocks at the beginning of a sequence that stay.
+        margin: tokens before the window that are there at the end of a step: a page, for a hit ends at a page.
+        interval: tokens between the points within a prompt where a prefix hit may end, 0 for none.
     """
 
     sink_blocks: int
+    margin: int
+    interval: int
+
+    def wanted(self, block: int, end: int) -> bool:
+        """Whether a step that ends with `end` tokens needs this tail block."""
+        last = (block + 1) * self.block_size
+        if block < self.sink_blocks or last > end - self.sliding_window - self.margin:
+            return True
+        if not self.interval:
+            return False
+        return -last % self.interval < self.sliding_window - 1  # tokens up to the next point
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
-        """Most blocks a request holds at a time."""
-        most = super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len)
-        return min(most + self.sink_blocks, -(-max_model_len // self.block_size) + 1)
+        """Most blocks a request holds at a time: its window, and what a step adds."""
+        window = -(-self.sliding_window // self.block_size)
+        points = -(-min(max_in_flight_tokens, max_model_len) // self.interval) if self.interval else 0
+        most = 2 * window + -(-self.margin // self.block_size) + 2 + points * window + self.sink_blocks
+        return min(most, -(-max_model_len // self.block_size) + 1)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Tails go with tails only."""
@@ -37,20 +54,44 @@ class TailSpec(SlidingWindowSpec):
 class TailManager(SlidingWindowManager):
     """Blocks of a TailSpec."""
 
+    kv_cache_spec: TailSpec
+
     def __init__(self, kv_cache_spec: TailSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.sink_blocks = kv_cache_spec.sink_blocks
+        self._freed: dict[str, int] = {}  # blocks of a request before this one are null, but for the sinks
+
+    def _wanted(self, first: int, tokens: int) -> list[bool]:
+        """Which of the blocks from `first` to the end of `tokens` are wanted."""
+        return [self.kv_cache_spec.wanted(i, tokens) for i in range(first, -(-tokens // self.block_size))]
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[Any], total_computed_tokens: int,
-        *args: Any, **kwargs: Any,
+        num_local_computed_tokens: int, num_tokens_main_model: int, apply_admission_cap: bool = False,
+        prefill_end: int = 0,
     ) -> int:  # fmt: skip
-        """As of the base; cached sinks that nobody holds leave the free queue too."""
-        n = super().get_num_blocks_to_allocate(
-            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
-        )
+        """Blocks that the next tokens take out of the pool, cached ones that nobody holds included."""
+        have = len(self.req_to_blocks.get(request_id, ()))
+        if request_id in self.num_cached_block:
+            return sum(self._wanted(have, num_tokens))
         skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
-        return n + self._get_num_evictable_blocks(new_computed_blocks[: min(self.sink_blocks, skipped)])
+        new = sum(self._wanted(max(skipped, len(new_computed_blocks) + have), num_tokens))
+        if apply_admission_cap and self.max_admission_blocks_per_request is not None:
+            new = min(new, self.max_admission_blocks_per_request)
+        first = max(0, skipped - have)
+        reused = [*new_computed_blocks[: min(self.kv_cache_spec.sink_blocks, first)], *new_computed_blocks[first:]]
+        return new + self._get_num_evictable_blocks(reused)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
+        """The blocks up to `num_tokens`, null ones where none is wanted."""
+        blocks = self.req_to_blocks[request_id]
+        wanted = self._wanted(len(blocks), num_tokens)
+        got = self.block_pool.get_new_blocks(sum(wanted))
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(b.block_id for b in got)
+        fresh = iter(got)
+        new = [next(fresh) if w else self._null_block for w in wanted]
+        blocks.extend(new)
+        return new
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[Any], num_local_computed_tokens: int,
@@ -60,14 +101,26 @@ class TailManager(SlidingWindowManager):
         super().add_local_computed_blocks(
             request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
         )
-        total = num_local_computed_tokens + num_external_computed_tokens
-        skipped = self.get_num_skipped_tokens(total) // self.block_size
-        sinks = new_computed_blocks[: min(self.sink_blocks, skipped)]
+        skipped = self.get_num_skipped_tokens(num_local_computed_tokens) // self.block_size
+        sinks = new_computed_blocks[: min(self.kv_cache_spec.sink_blocks, skipped)]
         self.block_pool.touch(sinks)
         self.req_to_blocks[request_id][: len(sinks)] = sinks
 
     def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
-        super()._remove_blocks_in_range(request_id, max(first_block, self.sink_blocks), last_block)
+        """Free the blocks that are out of the window; null ones may lie between them, so no early stop."""
+        blocks = self.req_to_blocks.get(request_id, [])
+        first = max(self.kv_cache_spec.sink_blocks, self._freed.get(request_id, first_block))
+        last = min(last_block, len(blocks))
+        gone = [i for i in range(last - 1, first - 1, -1) if not blocks[i].is_null]
+        self.block_pool.free_blocks([blocks[i] for i in gone])
+        for i in gone:
+            blocks[i] = self._null_block
+        self._freed[request_id] = max(first, last)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """As of the base."""
+        self._freed.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
 
     @classmethod
     def find_longest_cache_hit(
@@ -99,9 +152,7 @@ class TailManager(SlidingWindowManager):
     ) -> list[bool] | None:  # fmt: skip
         """As of the base; the sinks are always worth keeping."""
         assert isinstance(kv_cache_spec, TailSpec)
-        mask = super().reachable_block_mask(
-            start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs
-        )
+        mask = super().reachable_block_mask(start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs)
         if mask is not None:
             for i in range(start_block, min(end_block, kv_cache_spec.sink_blocks)):
                 mask[i - start_block] = True

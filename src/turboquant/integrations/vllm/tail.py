@@ -9,9 +9,19 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from turboquant.integrations.vllm.blocks import BlockLayout
-from turboquant.integrations.vllm.plan import Call, plan
+from turboquant.integrations.vllm.plan import NULL, Call, plan
 from turboquant.integrations.vllm.spec import TailSpec
 from turboquant.packed.buffers import CacheBuffers
+
+INTERVAL = 512  # tokens between the points of a prompt where a prefix hit may end
+
+
+def interval(cache: Any, page: int) -> int:
+    """Tokens between those points: vLLM's prefix_cache_retention_interval if it is set, 0 without prefix caching."""
+    if not cache.enable_prefix_caching:
+        return 0
+    asked = cache.prefix_cache_retention_interval
+    return max(INTERVAL, page) if asked is None else asked
 
 
 class Tail(AttentionLayerBase):
@@ -39,6 +49,8 @@ class Tail(AttentionLayerBase):
             tokens_per_state=layout.tokens,
             sliding_window=layout.window,
             sink_blocks=layout.sink_blocks,
+            margin=layout.kv.page,
+            interval=interval(vllm_config.cache_config, layout.kv.page),
         )
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
@@ -57,35 +69,36 @@ class Tail(AttentionLayerBase):
             pages: (N, H, row) uint8, the page pool.
             table: (G, M) int32, page ids of the rows.
         """
-        buf, v = self.layout.buffers(pages, table, call.start), self.views
-        if call.ring is not None:
-            at = self._places(call.ring)
-            buf.ring_k, buf.ring_v = v["k"][at], v["v"][at]
-        if call.sinks is not None:
-            at = self._places(call.sinks)
-            buf.sink_k, buf.sink_v = v["k"][at], v["v"][at]
-        if call.readers is not None:
-            buf.readers = v["readers"][self._places(call.readers)]
-        row, slot, blocks = call.tracker
+        buf, v, at = self.layout.buffers(pages, table, call.start), self.views, call.before
+        if at is None:
+            return buf
+        ring, sinks = self._places(at.ring), self._places(at.sinks)
+        buf.ring_k, buf.ring_v = v["k"][ring], v["v"][ring]
+        buf.sink_k, buf.sink_v = v["k"][sinks], v["v"][sinks]
+        buf.readers = v["readers"][self._places(at.readers)]
+        row, slot, blocks = at.tracker
         if len(row):
             state = v["tracker"][blocks[:, None], self.heads]  # (·, H, page/T, share)
-            numbers = 3 * self.layout.head_dim
-            buf.tracker[row, slot] = state.flatten(2)[..., :numbers].unflatten(-1, (3, -1))
+            buf.tracker[row, slot] = state.flatten(2)[..., : 3 * self.layout.head_dim].unflatten(-1, (3, -1))
         return buf
 
     def scatter(self, call: Call, buf: CacheBuffers, k: Tensor, v: Tensor) -> None:
         """Store what a call has added: k, v (G, H, n, d), the new reader samples, the states after completed pages."""
-        part, at = self.views, self._places(call.new)
-        part["k"][at], part["v"][at] = k.to(part["k"].dtype), v.to(part["v"].dtype)
-        row, slot, block, place = call.samples
-        if len(row):
-            part["readers"][block, :, place] = buf.readers[row, :, slot]
-        row, slot, blocks = call.states
+        part = self.views
+        (row, at), (block, place) = call.new
+        part["k"][block, :, place] = k[row, :, at].to(self.layout.dtype)
+        part["v"][block, :, place] = v[row, :, at].to(self.layout.dtype)
+        (row, at), (block, place) = call.samples
+        part["readers"][block, :, place] = buf.readers[row, :, at]
+        row, at, blocks = call.states
         if len(row):
             share = part["tracker"].shape[2]
-            state = buf.tracker[row, slot].flatten(2)  # (·, H, 3·d)
-            state = torch.nn.functional.pad(state, (0, share * blocks.shape[1] - state.shape[2]))
-            part["tracker"][blocks[:, None], self.heads] = state.unflatten(-1, (-1, share))
+            state = buf.tracker[row, at].flatten(2)  # (·, H, 3·d)
+            state = torch.nn.functional.pad(state, (0, share * blocks.shape[1] - state.shape[2])).unflatten(
+                -1, (-1, share)
+            )
+            row, share_of = (blocks != NULL).nonzero().unbind(1)
+            part["tracker"][blocks[row, share_of]] = state[row, :, share_of]
 
 
 class TailBuilder(AttentionMetadataBuilder[Any]):
