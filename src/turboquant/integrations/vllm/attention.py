@@ -235,7 +235,7 @@ class TurboQuantBackend(AttentionBackend):
         return PagesBuilder
 
     @classmethod
-    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:  # type: ignore[override]
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         return [cls.layout.kv.page]
 
     @classmethod

@@ -17,11 +17,14 @@ INTERVAL = 512  # tokens between the points of a prompt where a prefix hit may e
 
 
 def interval(cache: Any, page: int) -> int:
-    """Tokens between those points: vLLM's prefix_cache_retention_interval if it is set, 0 without prefix caching."""
+    """Tokens between those points, 0 without prefix caching: vLLM's prefix_cache_retention_interval; every page for None.
+
+    For 0, vLLM's default, it is INTERVAL: vLLM then finds out later what prompts share, and counts on blocks being there.
+    """
     if not cache.enable_prefix_caching:
         return 0
     asked = cache.prefix_cache_retention_interval
-    return max(INTERVAL, page) if asked is None else asked
+    return page if asked is None else asked or -(-INTERVAL // page) * page
 
 
 class Tail(AttentionLayerBase):
@@ -147,11 +150,11 @@ class TailBackend(AttentionBackend):
         raise NotImplementedError("the tail is read by the layer it belongs to")
 
     @classmethod
-    def get_builder_cls(cls) -> Any:  # type: ignore[override]
+    def get_builder_cls(cls) -> Any:
         return cls.builder
 
     @classmethod
-    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:  # type: ignore[override]
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         return [cls.layout.tokens]
 
     @classmethod
