@@ -133,6 +133,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
         Raises:
             RecipeError: vLLM fuses what the configuration treats differently.
         """
+        prefix = prefix.removesuffix(".routed_experts")  # a part of vLLM's own
         parent, _, last = prefix.rpartition(".")
         if last in ROUTERS:
             return None
