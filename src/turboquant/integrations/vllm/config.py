@@ -39,7 +39,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
         format: of packed weights in the checkpoint; None quantizes a float checkpoint while it is read.
 
     Raises:
-        RecipeError: an unknown recipe, field or pattern, or a recipe for output embeddings, which stay as they are here.
+        RecipeError: an unknown recipe, field or pattern, or one for output embeddings, which stay as they are.
         CheckpointError: a format of a newer version.
     """
 

@@ -140,7 +140,9 @@ class TurboQuantLinearMethod(LinearMethodBase):
 
         def load(param: Tensor, loaded: Tensor, *shard: Any) -> None:
             if loaded.shape != param.shape or loaded.dtype != param.dtype:
-                raise CheckpointError(f"{self.prefix}.{name}: {list(loaded.shape)} in the checkpoint, not {list(shape)}")
+                raise CheckpointError(
+                    f"{self.prefix}.{name}: {list(loaded.shape)} in the checkpoint, not {list(shape)}"
+                )
             self.trackers[name].append(loaded)
 
         out.weight_loader = load  # type: ignore[attr-defined]
@@ -256,4 +258,3 @@ def _linear(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
 @_linear.register_fake
 def _(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], _METHODS[name].local[0])
-

@@ -46,7 +46,7 @@ def prepare() -> None:
 
     folder = os.environ[FOLDER] = tempfile.mkdtemp(prefix="turboquant-metrics-")
     owner = os.getpid()
-    REGISTRY.register(Files(Path(folder)))  # type: ignore[arg-type]
+    REGISTRY.register(Files(Path(folder)))
     atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
 
 
