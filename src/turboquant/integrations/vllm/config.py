@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from turboquant.integrations.vllm import metrics
 from turboquant.layers.convert import Plan
 from turboquant.packed.checkpoint import check_format
 from turboquant.recipe import KVRecipe, Recipe, RecipeError, parse_recipe
@@ -38,7 +39,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
         format: of packed weights in the checkpoint; None quantizes a float checkpoint while it is read.
 
     Raises:
-        RecipeError: an unknown recipe, field or pattern, or a recipe for output embeddings, which stay as they are here.
+        RecipeError: an unknown recipe, field or pattern, or one for output embeddings, which stay as they are.
         CheckpointError: a format of a newer version.
     """
 
@@ -90,16 +91,18 @@ class TurboQuantVllmConfig(QuantizationConfig):
         unknown = sorted(set(config) - set(FIELDS))
         if unknown:
             raise RecipeError(f"quantization_config: {unknown} not known; allowed are {list(FIELDS)}")
+        metrics.prepare()
         return cls(**config)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; None leaves it to vLLM."""
-        if isinstance(layer, Attention):
+        if isinstance(layer, AttentionLayerBase):
             kv = self.kv_of(prefix)
             if kv is not None:
                 from turboquant.integrations.vllm import attention
 
-                attention.install(layer, prefix, kv)
+                if isinstance(layer, attention.LAYERS):
+                    attention.install(layer, prefix, kv)
             return None
         if isinstance(layer, LinearBase):
             recipe = self.linear_of(prefix)
@@ -130,6 +133,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
         Raises:
             RecipeError: vLLM fuses what the configuration treats differently.
         """
+        prefix = prefix.removesuffix(".routed_experts")  # a part of vLLM's own
         parent, _, last = prefix.rpartition(".")
         if last in ROUTERS:
             return None
