@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 
+from turboquant.integrations.vllm import metrics
 from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.plan import NULL, Call, plan
 from turboquant.integrations.vllm.spec import TailSpec
@@ -17,9 +18,9 @@ INTERVAL = 512  # tokens between the points of a prompt where a prefix hit may e
 
 
 def interval(cache: Any, page: int) -> int:
-    """Tokens between those points, 0 without prefix caching: vLLM's prefix_cache_retention_interval; every page for None.
+    """Tokens between those points, 0 without prefix caching: vLLM's prefix_cache_retention_interval; a page for None.
 
-    For 0, vLLM's default, it is INTERVAL: vLLM then finds out later what prompts share, and counts on blocks being there.
+    For 0, vLLM's default, it is INTERVAL: what prompts share turns out later, when blocks are to be there.
     """
     if not cache.enable_prefix_caching:
         return 0
@@ -118,6 +119,7 @@ class TailBuilder(AttentionMetadataBuilder[Any]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> list[Call]:
         m = common_attn_metadata
+        metrics.publish(m.block_table_tensor)
         if m.causal is not True:
             raise NotImplementedError("turboquant caches serve causal attention only")
         known = m.seq_lens_cpu_upper_bound
