@@ -162,7 +162,8 @@ def _before(layout: BlockLayout, start: Tensor, rows: list[tuple[int, int, int]]
     start = start[:, None]
 
     def place(position: Tensor, there: Tensor) -> Place:
-        return table.gather(1, position.clamp_min(0) // size).where(there, NULL), position % size
+        column = (position // size).clamp(0, table.shape[1] - 1)
+        return table.gather(1, column).where(there, NULL), position % size
 
     def slots(count: int, newest: Tensor) -> Tensor:  # number in each slot, negative where nothing was written
         return newest - (newest - torch.arange(count, device=start.device)) % count
