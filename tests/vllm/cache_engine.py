@@ -8,6 +8,7 @@ import sys
 def run(job):
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 64 << 20} | job["settings"]
     if job["recipe"]:
@@ -41,6 +42,8 @@ def run(job):
     del llm, core
     gc.collect()
     cleanup_dist_env_and_memory()
+    # registered once a process; a second time vLLM would search every module again, and stumble over some of torch's
+    type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
     return result
 
 
