@@ -34,6 +34,8 @@ def run(job):
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is not None:  # in this process
         pool = core.scheduler.kv_cache_manager.block_pool
+        if job.get("hold"):
+            result["held"] = held(llm.llm_engine, pool, prompts[0], given)
         result["leaked"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         result["groups"] = [
             [type(g.kv_cache_spec).__name__, len(g.layer_names), g.kv_cache_spec.block_size]
@@ -45,6 +47,18 @@ def run(job):
     # registered once a process; a second time vLLM would search every module again, and stumble over some of torch's
     type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
     return result
+
+
+def held(engine, pool, prompt, params):
+    """Blocks that a request holds once its prompt is read."""
+    engine.add_request("held", prompt, params)
+    most = len(prompt["prompt_token_ids"]) + 3
+    [request] = engine.engine_core.engine_core.scheduler.requests.values()
+    while request.num_computed_tokens < most:
+        engine.step()
+    n = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    engine.abort_request(["held"])
+    return n
 
 
 def attempt(job):
