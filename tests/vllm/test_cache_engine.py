@@ -190,7 +190,8 @@ def test_capacity(head_dim, ratio, tmp_path, tmp_path_factory):
     pages = 32768 // 64
     tail = ours["held"] - plain["held"]
     tokens = ours["blocks"] * pages / (pages + tail)
-    figures = f"{plain['blocks']} -> {ours['blocks']} blocks of 64 tokens; with tails of {tail} x{tokens / plain['blocks']:.2f}"
+    figures = f"{plain['blocks']} -> {ours['blocks']} blocks of 64 tokens, with tails of {tail} "
+    figures += f"x{tokens / plain['blocks']:.2f}"
     print(f"head_dim {head_dim}: {figures}; vLLM's own count of tokens {plain['capacity']} -> {ours['capacity']}")
     assert 8 <= tail <= 14 and tokens >= ratio * plain["blocks"], figures
 
