@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,17 +70,15 @@ def _run(args, env, stdin=None, timeout=240):
     except subprocess.TimeoutExpired:
         raise EngineError(f"no result after {timeout} s") from None
     finally:
-        with_group(p.pid)
+        _end(p.pid)
         p.wait()
     return p.returncode, out, err
 
 
-def with_group(pid):
+def _end(pid):
     """End what is left of a process group that this file started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +125,7 @@ how = dict(quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
 AutoModelForCausalLM.from_pretrained({str(smollm2_gguf.parent)!r}, **file, **how).save_pretrained({str(part)!r})
 AutoTokenizer.from_pretrained({str(smollm2_gguf.parent)!r}, **file).save_pretrained({str(part)!r})
 """
-        status, out, err = _run([sys.executable, "-c", code], os.environ | ENV)
+        status, _, err = _run([sys.executable, "-c", code], os.environ | ENV)
         assert status == 0, err
         os.replace(part, folder)
     return folder
@@ -163,7 +161,7 @@ def tiny_moe(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory):
-    """packed(model, recipe, **options) -> a folder as `turboquant quantize` writes it, in float32 beside the weights."""
+    """packed(model, recipe, **options) -> a folder as `turboquant quantize` writes it, in float32."""
     made = {}
 
     def make(model, recipe, **options):
@@ -183,6 +181,25 @@ def packed(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def transformers_logprobs():
+    """transformers_logprobs(model, recipe, ids): of each token after the first, float32; recipe None for the model."""
+
+    def run(model, recipe, ids, **options):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from turboquant import TurboQuantConfig
+
+        how = {} if recipe is None else {"quantization_config": TurboQuantConfig(recipe, **options)}
+        net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **how).eval()
+        x = torch.tensor([ids])
+        with torch.no_grad():
+            return net(x).logits[0, :-1].float().log_softmax(-1).gather(1, x[0, 1:, None])[:, 0].tolist()
+
+    return run
 
 
 def _get(url, timeout=10):
@@ -220,11 +237,9 @@ def serve(tmp_path_factory):
             yield url, lambda path: _get(url + path)
         finally:
             p.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 p.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
-            with_group(p.pid)
+            _end(p.pid)
             p.wait()
 
     start.Error = EngineError
