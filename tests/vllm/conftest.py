@@ -36,7 +36,7 @@ SMALL = {  # arguments of the engine in every test
     "disable_log_stats": False,
 }
 PREAMBLE = """\
-import json, sys
+import gc, json, sys
 if __name__ == "__main__":
     import torch
     from vllm import LLM, SamplingParams, TokensPrompt
@@ -52,7 +52,18 @@ if __name__ == "__main__":
         how = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, how, use_tqdm=False)]
-    llm = LLM(**job["llm"]) if job["llm"] else None
+    def make(model, recipe=None, **llm):
+        "One more engine in this process; `close` it before the next."
+        options = job["small"] | {"model": model} | llm
+        if recipe is not None:
+            config = {"quant_method": "turboquant"} | (recipe if isinstance(recipe, dict) else {"recipe": recipe})
+            options["hf_overrides"] = {"quantization_config": config}
+        return LLM(**options)
+    def close(llm):
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    llm = make(**job["llm"]) if job["llm"] else None
 """
 
 
@@ -86,7 +97,7 @@ def engine(tmp_path_factory):
     """engine(code, model, recipe=None, env={}, llm={}, **params) -> what `code` puts into `result`.
 
     The code runs in a process of its own, with the engine `llm`, `params`, and the helpers of PREAMBLE. With
-    model=None there is no engine.
+    model=None it makes its engines itself: starting a process costs more than starting a small engine.
     """
     folder = tmp_path_factory.mktemp("engines")
 
@@ -94,13 +105,8 @@ def engine(tmp_path_factory):
         script = folder / f"{len(list(folder.iterdir()))}.py"
         body = textwrap.indent(textwrap.dedent(code), "    ")
         script.write_text(PREAMBLE + body + '\n    print("RESULT" + json.dumps(result))\n')
-        options = None
-        if model is not None:
-            options = SMALL | {"model": str(model)} | (llm or {})
-            if recipe is not None:
-                config = recipe if isinstance(recipe, dict) else {"recipe": recipe}
-                options["hf_overrides"] = {"quantization_config": {"quant_method": "turboquant"} | config}
-        job = json.dumps({"llm": options, "params": params})
+        options = None if model is None else {"model": str(model), "recipe": recipe} | (llm or {})
+        job = json.dumps({"llm": options, "small": SMALL, "params": params})
         code, out, err = _run([sys.executable, str(script)], os.environ | ENV | (env or {}), job, timeout)
         found = [line for line in out.splitlines() if line.startswith("RESULT")]
         if code or not found:

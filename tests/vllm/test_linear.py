@@ -8,22 +8,90 @@ import torch
 from safetensors.torch import load_file, save_file
 
 IDS = [(i * 7 + 3) % 500 for i in range(160)]
-DIGEST = """
+RAW = {"skip_tokenizer_init": True}
+SKIP, OVERRIDES = ["layers.1.mlp.down_proj"], {"o_proj": "w8"}
+MANY = """
 import hashlib
 def digest(model):
     out = {}
     for name, m in model.named_modules():
         for s in getattr(getattr(m, "quant_method", None), "slots", []):
-            parts = [p.contiguous().numpy().tobytes() for p in s.packed().tensors().values()]
-            out[f"{name}.{s.name}"] = hashlib.sha256(b"".join(parts)).hexdigest()
+            if s.recipe.weights is not None:
+                parts = [p.contiguous().numpy().tobytes() for p in s.packed().tensors().values()]
+                out[f"{name}.{s.name}"] = hashlib.sha256(b"".join(parts)).hexdigest()
     return out
-result = [llm.apply_model(digest)[0], logprobs(llm, params["ids"]), greedy(llm, [params["ids"][:20]], 8)]
+result = []
+for case in params["cases"]:
+    try:
+        llm = make(**case, skip_tokenizer_init=True)
+    except Exception as e:
+        result.append(f"{type(e).__name__}: {e}")
+        continue
+    ids = params["ids"]
+    row = {"tokens": greedy(llm, [ids], 5), "logprobs": logprobs(llm, ids), "bytes": llm.apply_model(digest)[0]}
+    kinds = lambda m: sorted({type(x.quant_method).__name__ for x in m.modules() if hasattr(x, "quant_method")})
+    seen = lambda m: [int(x.weight_x_seen) for x in m.modules() if hasattr(x, "weight_x_seen")]
+    from prometheus_client import generate_latest
+    from turboquant.integrations.vllm import metrics
+    metrics.publish(now=True)
+    text = [x for x in generate_latest().decode().splitlines() if x.startswith("turboquant:")]
+    result.append(row | {"kinds": llm.apply_model(kinds)[0], "seen": llm.apply_model(seen)[0], "metrics": text})
+    close(llm)
+    del llm
 """
-SHARDED = DIGEST.replace("llm.apply_model(digest)[0]", "0")  # other processes cannot see this function
+CORRUPT = {
+    "truncated": ("truncated or no safetensors file", None),
+    "missing": ("weight_scale", lambda t: t.pop("model.layers.1.mlp.down_proj.weight_scale")),
+    "shape": (
+        "layers.0.self_attn.o_proj.weight: a tensor [2, 128, 32] of the checkpoint does not fit [2, 128, 64]",
+        lambda t: t.update({(n := "model.layers.0.self_attn.o_proj.weight"): t[n][..., :32].contiguous()}),
+    ),
+    "dtype": (
+        "layers.0.self_attn.o_proj.weight_scale: the checkpoint has float32, not float16",
+        lambda t: t.update({(n := "model.layers.0.self_attn.o_proj.weight_scale"): t[n].float()}),
+    ),
+    "no format": ("weight: the checkpoint has uint8, not a float type", None),
+}
 
 
 def rms(a, b):
     return float((torch.tensor(a) - torch.tensor(b)).square().mean().sqrt())
+
+
+def spoil(what, folder):
+    """A folder of packed weights, corrupted."""
+    file, change = folder / "model.safetensors", CORRUPT[what][1]
+    if what == "truncated":
+        file.write_bytes(file.read_bytes()[:-1000])
+    elif what == "no format":
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"].pop("format")
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cases(engine, packed, tiny_llama, tiny_moe, tmp_path_factory):
+    """What engines of one process gave: name -> row of MANY, or the error."""
+    options = {"modules_to_not_convert": SKIP, "overrides": OVERRIDES}
+    wanted = {
+        "plain": (tiny_llama, None),
+        "w8a8": (tiny_llama, "w8a8"),
+        "loaded": (tiny_llama, {"recipe": "w4a8"} | options),
+        "packed": (packed(tiny_llama, "w4a8", **options), None),
+        "a4": (tiny_llama, "a4"),
+        "experts": (tiny_moe, "w4"),
+        "packed experts": (packed(tiny_moe, "w4a8"), None),
+    }
+    for what in CORRUPT:
+        folder = shutil.copytree(packed(tiny_llama, "w8a8"), tmp_path_factory.mktemp("corrupt") / "model")
+        wanted[what] = (spoil(what, folder), None)
+    found = engine(MANY, None, ids=IDS, cases=[{"model": str(m), "recipe": r} for m, r in wanted.values()])
+    return dict(zip(wanted, found, strict=True))
 
 
 def test_w8a8_on_a_real_model_errs_as_in_transformers(engine, smollm2, transformers_logprobs, prose):
@@ -37,29 +105,41 @@ def test_w8a8_on_a_real_model_errs_as_in_transformers(engine, smollm2, transform
     assert 0 < rms(got, plain) <= 2 * rms(same, plain), (rms(got, plain), rms(same, plain), rms(got, same))
 
 
-def test_w8a8_gives_the_logprobs_of_transformers(engine, tiny_llama, transformers_logprobs):
+def test_w8a8_gives_the_logprobs_of_transformers(cases, tiny_llama, transformers_logprobs):
     """Two layers: but for the tokens in which a rounding flips, the engines agree to a hundredth of the change."""
-    got = engine(
-        "result = logprobs(llm, params['ids'])", tiny_llama, "w8a8", ids=IDS, llm={"skip_tokenizer_init": True}
-    )
     same, plain = (torch.tensor(transformers_logprobs(tiny_llama, r, IDS)) for r in ("w8a8", None))
     change = (same - plain).abs().median()
     assert change > 0
-    assert (torch.tensor(got) - same).abs().median() <= change / 100
+    assert (torch.tensor(cases["w8a8"]["logprobs"]) - same).abs().median() <= change / 100
 
 
-def test_packed_is_what_is_packed_while_loading(engine, packed, tiny_llama):
-    how = {"llm": {"skip_tokenizer_init": True}, "ids": IDS}
-    recipe = {"recipe": "w4a8", "modules_to_not_convert": ["layers.1.mlp.down_proj"], "overrides": {"o_proj": "w8"}}
-    loaded = engine(DIGEST, tiny_llama, recipe, **how)
-    folder = packed(tiny_llama, "w4a8", modules_to_not_convert=["layers.1.mlp.down_proj"], overrides={"o_proj": "w8"})
-    assert engine(DIGEST, folder, **how) == loaded
-    names = set(loaded[0])
-    assert {n.removeprefix("model.layers.") for n in names if n.startswith("model.layers.1")} == {
-        "1.self_attn.qkv_proj.weight", "1.self_attn.o_proj.weight", "1.mlp.gate_up_proj.weight",
+def test_packed_is_what_is_packed_while_loading(cases):
+    loaded, saved = cases["loaded"], cases["packed"]
+    assert all(loaded[key] == saved[key] for key in ("bytes", "tokens", "logprobs"))
+    assert loaded["bytes"] != cases["w8a8"]["bytes"]
+    assert {n.removeprefix("model.layers.1.") for n in loaded["bytes"] if n.startswith("model.layers.1")} == {
+        "self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight",
     }  # fmt: skip
-    state = load_file(folder / "model.safetensors")
-    assert state["model.layers.0.self_attn.o_proj.weight"].shape[0] == 2  # stages, of the override
+
+
+def test_experts_give_the_logprobs_of_transformers(cases, tiny_moe, transformers_logprobs):
+    got = cases["experts"]
+    same, plain = (transformers_logprobs(tiny_moe, r, IDS) for r in ("w4", None))
+    assert rms(got["logprobs"], same) <= rms(same, plain) / 100
+    assert "TurboQuantMoEMethod" in got["kinds"] and "UnquantizedFusedMoEMethod" not in got["kinds"]
+    assert "experts of a packed checkpoint are not loaded in vLLM; serve the unpacked" in cases["packed experts"]
+
+
+def test_a_tracker_follows_requests_alone(cases):
+    """vLLM's dummy batches at its start are not counted; the last new token is not read."""
+    assert cases["a4"]["seen"] == [len(IDS) + 4 + len(IDS)] * 8
+    alarms = [x for x in cases["a4"]["metrics"] if x.startswith("turboquant:drift_alarms_total{")]
+    assert float(alarms[0].split()[-1]) >= 8
+
+
+@pytest.mark.parametrize("what", CORRUPT)
+def test_a_corrupt_checkpoint_is_refused(what, cases):
+    assert CORRUPT[what][0] in cases[what]
 
 
 @pytest.mark.parametrize("way", ["packed w8a8", "loaded w8"])
@@ -67,82 +147,13 @@ def test_two_ranks_give_what_one_gives(way, engine, packed, tiny_llama):
     """Packed with rotated inputs the row-parallel layers gather; unrotated, groups of 16 lie within a rank's part."""
     how, recipe = way.split()
     model, config = (packed(tiny_llama, recipe), None) if how == "packed" else (tiny_llama, f"{recipe}:group=16")
-    two = {"llm": {"skip_tokenizer_init": True, "tensor_parallel_size": 2}, "env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
-    two["env"]["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    _, many, tokens = engine(SHARDED, model, config, ids=IDS, **two)
-    _, one, same = engine(SHARDED, model, config, ids=IDS, llm={"skip_tokenizer_init": True})
-    plain = engine("result = logprobs(llm, params['ids'])", tiny_llama, ids=IDS, llm={"skip_tokenizer_init": True})
-    assert rms(many, one) <= rms(one, plain) / 100, (rms(many, one), rms(one, plain))
+    two = {"tensor_parallel_size": 2} | RAW
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    code = "result = logprobs(llm, params['ids']), greedy(llm, [params['ids'][:20]], 8)"
+    many, tokens = engine(code, model, config, llm=two, env=env, ids=IDS)
+    one, same = engine(code, model, config, llm=RAW, ids=IDS)
+    assert rms(many, one) <= 1e-5 * rms(one, [0.0] * len(one))
     assert tokens == same
-
-
-def test_experts_give_the_logprobs_of_transformers(engine, packed, tiny_moe, transformers_logprobs):
-    code = """
-    kinds = lambda m: sorted({type(x.quant_method).__name__ for x in m.modules() if hasattr(x, "quant_method")})
-    result = logprobs(llm, params["ids"]), llm.apply_model(kinds)[0]
-    """
-    how = {"llm": {"skip_tokenizer_init": True}, "ids": IDS}
-    got, kinds = engine(code, tiny_moe, "w4", **how)
-    same, plain = (transformers_logprobs(tiny_moe, r, IDS) for r in ("w4", None))
-    assert rms(got, same) <= rms(same, plain) / 100
-    assert "TurboQuantMoEMethod" in kinds and "UnquantizedFusedMoEMethod" not in kinds
-    with pytest.raises(engine.Error, match="experts of a packed checkpoint are not loaded in vLLM; serve the unpacked"):
-        engine("result = 0", packed(tiny_moe, "w4a8"), **how)
-
-
-def test_a_tracker_follows_requests_alone(engine, tiny_llama):
-    """vLLM's dummy batches at its start are not counted."""
-    code = """
-    greedy(llm, [params["ids"]], 5)
-    seen = lambda m: [int(x.weight_x_seen) for x in m.modules() if hasattr(x, "weight_x_seen")]
-    from prometheus_client import generate_latest
-    from turboquant.integrations.vllm import metrics
-    metrics.publish(now=True)
-    result = llm.apply_model(seen)[0], generate_latest().decode()
-    """
-    seen, metrics = engine(code, tiny_llama, "a4", ids=IDS, llm={"skip_tokenizer_init": True})
-    assert seen == [len(IDS) + 4] * 8  # the last new token is not read
-    assert (
-        float(next(x for x in metrics.splitlines() if x.startswith("turboquant:drift_alarms_total{")).split()[-1]) >= 8
-    )
-
-
-CORRUPT = {
-    "truncated": ("truncated or no safetensors file", lambda t: None),
-    "missing": ("weight_scale", lambda t: t.pop("model.layers.1.mlp.down_proj.weight_scale")),
-    "shape": (
-        r"layers.0.self_attn.o_proj.weight: a tensor \[2, 128, 32\] of the checkpoint does not fit \[2, 128, 64\]",
-        lambda t: t.update({(n := "model.layers.0.self_attn.o_proj.weight"): t[n][..., :32].contiguous()}),
-    ),
-    "dtype": (
-        "layers.0.self_attn.o_proj.weight_scale: the checkpoint has float32, not float16",
-        lambda t: t.update({(n := "model.layers.0.self_attn.o_proj.weight_scale"): t[n].float()}),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", CORRUPT)
-def test_a_corrupt_checkpoint_is_refused(what, engine, packed, tiny_llama, tmp_path):
-    message, spoil = CORRUPT[what]
-    folder = shutil.copytree(packed(tiny_llama, "w8a8"), tmp_path / "model")
-    file = folder / "model.safetensors"
-    if what == "truncated":
-        file.write_bytes(file.read_bytes()[:-1000])
-    else:
-        tensors = load_file(file)
-        spoil(tensors)
-        save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(engine.Error, match=message):
-        engine("result = 0", folder, llm={"skip_tokenizer_init": True})
-
-
-def test_packed_weights_without_their_configuration_are_refused(engine, packed, tiny_llama, tmp_path):
-    folder = shutil.copytree(packed(tiny_llama, "w8a8"), tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"].pop("format")
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(engine.Error, match=r"weight: the checkpoint has uint8, not a float type"):
-        engine("result = 0", folder, llm={"skip_tokenizer_init": True})
 
 
 def test_what_cannot_be_served_is_refused(engine):
