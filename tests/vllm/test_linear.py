@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 IDS = [(i * 7 + 3) % 500 for i in range(160)]
-RAW = {"skip_tokenizer_init": True}
 SKIP, OVERRIDES = ["layers.1.mlp.down_proj"], {"o_proj": "w8"}
 MANY = """
 import hashlib
@@ -83,6 +82,8 @@ def cases(engine, packed, tiny_llama, tiny_moe, tmp_path_factory):
         "w8a8": (tiny_llama, "w8a8"),
         "loaded": (tiny_llama, {"recipe": "w4a8"} | options),
         "packed": (packed(tiny_llama, "w4a8", **options), None),
+        "saved w8a8": (packed(tiny_llama, "w8a8"), None),
+        "w8": (tiny_llama, "w8:group=16"),
         "a4": (tiny_llama, "a4"),
         "experts": (tiny_moe, "w4"),
         "packed experts": (packed(tiny_moe, "w4a8"), None),
@@ -142,18 +143,24 @@ def test_a_corrupt_checkpoint_is_refused(what, cases):
     assert CORRUPT[what][0] in cases[what]
 
 
-@pytest.mark.parametrize("way", ["packed w8a8", "loaded w8"])
-def test_two_ranks_give_what_one_gives(way, engine, packed, tiny_llama):
+def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama):
     """Packed with rotated inputs the row-parallel layers gather; unrotated, groups of 16 lie within a rank's part."""
-    how, recipe = way.split()
-    model, config = (packed(tiny_llama, recipe), None) if how == "packed" else (tiny_llama, f"{recipe}:group=16")
-    two = {"tensor_parallel_size": 2} | RAW
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    code = "result = logprobs(llm, params['ids']), greedy(llm, [params['ids'][:20]], 8)"
-    many, tokens = engine(code, model, config, llm=two, env=env, ids=IDS)
-    one, same = engine(code, model, config, llm=RAW, ids=IDS)
-    assert rms(many, one) <= 1e-5 * rms(one, [0.0] * len(one))
-    assert tokens == same
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    code = """
+    result = []
+    for case in params["cases"]:
+        llm = make(**case, skip_tokenizer_init=True, tensor_parallel_size=2)
+        result.append([logprobs(llm, params["ids"]), greedy(llm, [params["ids"]], 5)])
+        close(llm)
+        del llm
+    """
+    both = [{"model": str(packed(tiny_llama, "w8a8"))}, {"model": str(tiny_llama), "recipe": "w8:group=16"}]
+    for (many, tokens), name in zip(
+        engine(code, None, env=env, ids=IDS, cases=both), ("saved w8a8", "w8"), strict=True
+    ):
+        one = cases[name]
+        assert rms(many, one["logprobs"]) <= 1e-5 * rms(one["logprobs"], [0.0] * len(many)), name
+        assert tokens == one["tokens"], name
 
 
 def test_what_cannot_be_served_is_refused(engine):
