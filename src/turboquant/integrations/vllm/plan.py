@@ -84,17 +84,43 @@ def plan(layout: BlockLayout, starts: Sequence[int], counts: Sequence[int], tabl
         table: (R, M) int, tail blocks of each request; its device is that of the result.
     """
     kv, at = layout.kv, 0
-    single: dict[int, list[tuple[int, int, int]]] = {}
-    calls: list[Call] = []
+    after = order(layout, starts, counts, table)
+    rounds: list[tuple[list[Call], dict[int, list[tuple[int, int, int]]]]] = [([], {}) for _ in range(max(after) + 1)]
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        chains, single = rounds[after[row]]
         some = pieces(start, count, kv.page, kv.chunk)
         if len(some) == 1:
             single.setdefault(count, []).append((row, start, at))
         else:
             for first, n in some:
-                calls.append(_call(layout, n, [(row, first, at + first - start)], table, first > start, start + count))
+                chains.append(_call(layout, n, [(row, first, at + first - start)], table, first > start, start + count))
         at += count
-    return calls + [_call(layout, n, rows, table) for n, rows in single.items()]
+    return [c for chains, single in rounds for c in (*chains, *(_call(layout, n, r, table) for n, r in single.items()))]
+
+
+def order(layout: BlockLayout, starts: Sequence[int], counts: Sequence[int], table: Tensor) -> list[int]:
+    """The round of each request: a prefix hit may name blocks that another request of the same step writes.
+
+    A hit ends at a page; whoever writes the tail block before its end in this step goes first.
+    """
+    page, size = layout.kv.page, layout.tokens
+    spans = list(zip(starts, counts, strict=True))
+    writers = [r for r, (s, c) in enumerate(spans) if (s + c) // page > s // page]
+    readers = [r for r, (s, c) in enumerate(spans) if c and s and s % page == 0]
+    out = [0] * len(spans)
+    if not writers or not readers:
+        return out or [0]
+    blocks = table.tolist()
+    writer: dict[int, int] = {}
+    for r in writers:
+        s, c = spans[r]
+        writer |= {blocks[r][end // size - 1]: r for end in range((s // page + 1) * page, s + c + 1, page)}
+    writer.pop(NULL, None)
+    for r in sorted(readers, key=lambda r: starts[r]):
+        first = writer.get(blocks[r][starts[r] // size - 1], r)
+        if first != r:
+            out[r] = out[first] + 1
+    return out
 
 
 def _call(
@@ -136,7 +162,8 @@ def _before(layout: BlockLayout, start: Tensor, rows: list[tuple[int, int, int]]
     start = start[:, None]
 
     def place(position: Tensor, there: Tensor) -> Place:
-        return table.gather(1, position.clamp_min(0) // size).where(there, NULL), position % size
+        column = (position // size).clamp(0, table.shape[1] - 1)
+        return table.gather(1, column).where(there, NULL), position % size
 
     def slots(count: int, newest: Tensor) -> Tensor:  # number in each slot, negative where nothing was written
         return newest - (newest - torch.arange(count, device=start.device)) % count

@@ -32,12 +32,12 @@ class TailSpec(SlidingWindowSpec):
 
     def wanted(self, block: int, end: int) -> bool:
         """Whether a step that ends with `end` tokens needs this tail block."""
-        last = (block + 1) * self.block_size
-        if block < self.sink_blocks or last > end - self.sliding_window - self.margin:
-            return True
-        if not self.interval:
-            return False
-        return -last % self.interval < self.sliding_window - 1  # tokens up to the next point
+        return (block + 1) * self.block_size > end - self.sliding_window - self.margin or self.pointed(block)
+
+    def pointed(self, block: int) -> bool:
+        """Whether a block holds sinks or what a point within the prompt needs."""
+        ahead = -(block + 1) * self.block_size % self.interval if self.interval else self.sliding_window
+        return block < self.sink_blocks or ahead < self.sliding_window - 1
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Most blocks a request holds at a time: its window, and what a step adds."""
@@ -150,13 +150,12 @@ class TailManager(SlidingWindowManager):
         cls, start_block: int, end_block: int, alignment_tokens: int | None, kv_cache_spec: KVCacheSpec,
         *args: Any, **kwargs: Any,
     ) -> list[bool] | None:  # fmt: skip
-        """As of the base; the sinks are always worth keeping."""
+        """As of the base, and the sinks and points."""
         assert isinstance(kv_cache_spec, TailSpec)
         mask = super().reachable_block_mask(start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs)
-        if mask is not None:
-            for i in range(start_block, min(end_block, kv_cache_spec.sink_blocks)):
-                mask[i - start_block] = True
-        return mask
+        if mask is None:
+            return None
+        return [m or kv_cache_spec.pointed(i) for i, m in enumerate(mask, start_block)]
 
 
 def register() -> None:

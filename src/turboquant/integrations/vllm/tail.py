@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 
+from turboquant.integrations.vllm import metrics
 from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.plan import NULL, Call, plan
 from turboquant.integrations.vllm.spec import TailSpec
@@ -17,11 +18,14 @@ INTERVAL = 512  # tokens between the points of a prompt where a prefix hit may e
 
 
 def interval(cache: Any, page: int) -> int:
-    """Tokens between those points: vLLM's prefix_cache_retention_interval if it is set, 0 without prefix caching."""
+    """Tokens between those points, 0 without prefix caching: vLLM's prefix_cache_retention_interval; a page for None.
+
+    For 0, vLLM's default, it is INTERVAL: what prompts share turns out later, when blocks are to be there.
+    """
     if not cache.enable_prefix_caching:
         return 0
     asked = cache.prefix_cache_retention_interval
-    return max(INTERVAL, page) if asked is None else asked
+    return page if asked is None else asked or -(-INTERVAL // page) * page
 
 
 class Tail(AttentionLayerBase):
@@ -115,6 +119,7 @@ class TailBuilder(AttentionMetadataBuilder[Any]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> list[Call]:
         m = common_attn_metadata
+        metrics.publish(m.block_table_tensor)
         if m.causal is not True:
             raise NotImplementedError("turboquant caches serve causal attention only")
         known = m.seq_lens_cpu_upper_bound
@@ -147,11 +152,11 @@ class TailBackend(AttentionBackend):
         raise NotImplementedError("the tail is read by the layer it belongs to")
 
     @classmethod
-    def get_builder_cls(cls) -> Any:  # type: ignore[override]
+    def get_builder_cls(cls) -> Any:
         return cls.builder
 
     @classmethod
-    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:  # type: ignore[override]
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
         return [cls.layout.tokens]
 
     @classmethod
