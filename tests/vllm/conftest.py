@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,7 +36,7 @@ SMALL = {  # arguments of the engine in every test
     "disable_log_stats": False,
 }
 PREAMBLE = """\
-import json, sys
+import gc, json, sys
 if __name__ == "__main__":
     import torch
     from vllm import LLM, SamplingParams, TokensPrompt
@@ -52,7 +52,18 @@ if __name__ == "__main__":
         how = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
         return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, how, use_tqdm=False)]
-    llm = LLM(**job["llm"]) if job["llm"] else None
+    def make(model, recipe=None, **llm):
+        "One more engine in this process; `close` it before the next."
+        options = job["small"] | {"model": model} | llm
+        if recipe is not None:
+            config = {"quant_method": "turboquant"} | (recipe if isinstance(recipe, dict) else {"recipe": recipe})
+            options["hf_overrides"] = {"quantization_config": config}
+        return LLM(**options)
+    def close(llm):
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    llm = make(**job["llm"]) if job["llm"] else None
 """
 
 
@@ -70,17 +81,15 @@ def _run(args, env, stdin=None, timeout=240):
     except subprocess.TimeoutExpired:
         raise EngineError(f"no result after {timeout} s") from None
     finally:
-        with_group(p.pid)
+        _end(p.pid)
         p.wait()
     return p.returncode, out, err
 
 
-def with_group(pid):
+def _end(pid):
     """End what is left of a process group that this file started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +97,7 @@ def engine(tmp_path_factory):
     """engine(code, model, recipe=None, env={}, llm={}, **params) -> what `code` puts into `result`.
 
     The code runs in a process of its own, with the engine `llm`, `params`, and the helpers of PREAMBLE. With
-    model=None there is no engine.
+    model=None it makes its engines itself: starting a process costs more than starting a small engine.
     """
     folder = tmp_path_factory.mktemp("engines")
 
@@ -96,13 +105,8 @@ def engine(tmp_path_factory):
         script = folder / f"{len(list(folder.iterdir()))}.py"
         body = textwrap.indent(textwrap.dedent(code), "    ")
         script.write_text(PREAMBLE + body + '\n    print("RESULT" + json.dumps(result))\n')
-        options = None
-        if model is not None:
-            options = SMALL | {"model": str(model)} | (llm or {})
-            if recipe is not None:
-                config = recipe if isinstance(recipe, dict) else {"recipe": recipe}
-                options["hf_overrides"] = {"quantization_config": {"quant_method": "turboquant"} | config}
-        job = json.dumps({"llm": options, "params": params})
+        options = None if model is None else {"model": str(model), "recipe": recipe} | (llm or {})
+        job = json.dumps({"llm": options, "small": SMALL, "params": params})
         code, out, err = _run([sys.executable, str(script)], os.environ | ENV | (env or {}), job, timeout)
         found = [line for line in out.splitlines() if line.startswith("RESULT")]
         if code or not found:
@@ -127,7 +131,7 @@ how = dict(quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
 AutoModelForCausalLM.from_pretrained({str(smollm2_gguf.parent)!r}, **file, **how).save_pretrained({str(part)!r})
 AutoTokenizer.from_pretrained({str(smollm2_gguf.parent)!r}, **file).save_pretrained({str(part)!r})
 """
-        status, out, err = _run([sys.executable, "-c", code], os.environ | ENV)
+        status, _, err = _run([sys.executable, "-c", code], os.environ | ENV)
         assert status == 0, err
         os.replace(part, folder)
     return folder
@@ -163,7 +167,7 @@ def tiny_moe(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory):
-    """packed(model, recipe, **options) -> a folder as `turboquant quantize` writes it, in float32 beside the weights."""
+    """packed(model, recipe, **options) -> a folder as `turboquant quantize` writes it, in float32."""
     made = {}
 
     def make(model, recipe, **options):
@@ -183,6 +187,25 @@ def packed(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def transformers_logprobs():
+    """transformers_logprobs(model, recipe, ids): of each token after the first, float32; recipe None for the model."""
+
+    def run(model, recipe, ids, **options):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from turboquant import TurboQuantConfig
+
+        how = {} if recipe is None else {"quantization_config": TurboQuantConfig(recipe, **options)}
+        net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **how).eval()
+        x = torch.tensor([ids])
+        with torch.no_grad():
+            return net(x).logits[0, :-1].float().log_softmax(-1).gather(1, x[0, 1:, None])[:, 0].tolist()
+
+    return run
 
 
 def _get(url, timeout=10):
@@ -220,11 +243,9 @@ def serve(tmp_path_factory):
             yield url, lambda path: _get(url + path)
         finally:
             p.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 p.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
-            with_group(p.pid)
+            _end(p.pid)
             p.wait()
 
     start.Error = EngineError

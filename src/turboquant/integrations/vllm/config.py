@@ -7,6 +7,7 @@ DEFAULT. A configuration with a `format` describes packed weights; without one, 
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from turboquant.integrations.vllm import metrics
 from turboquant.layers.convert import Plan
-from turboquant.packed.checkpoint import check_format
+from turboquant.packed.checkpoint import check_format, headers
 from turboquant.recipe import KVRecipe, Recipe, RecipeError, parse_recipe
 
 NAME = "turboquant"
@@ -93,6 +94,15 @@ class TurboQuantVllmConfig(QuantizationConfig):
             raise RecipeError(f"quantization_config: {unknown} not known; allowed are {list(FIELDS)}")
         metrics.prepare()
         return cls(**config)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Refuse a folder of packed weights that cannot be read, before anything is made.
+
+        Raises:
+            CheckpointError: a file is truncated or no safetensors file.
+        """
+        if self.packed and (folder := Path(model_name)).is_dir():
+            headers(sorted(folder.glob("*.safetensors")))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; None leaves it to vLLM."""
