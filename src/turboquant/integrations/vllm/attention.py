@@ -5,6 +5,7 @@ chose. What cannot be served is refused here, when the model is built.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import vllm
@@ -39,20 +40,45 @@ def install(layer: Any, prefix: str, kv: KVRecipe) -> None:
     Raises:
         VllmError: what cannot be served, with the reason.
     """
-    if isinstance(getattr(layer, "impl", None), TurboQuantImpl):
+    if _ours(layer):
         return
     config = get_current_vllm_config()
     why = refusal(layer, kv, config)
     if why is not None:
         raise VllmError(f"{prefix}: a {kv.name!r} cache cannot be served: {why}")
     layout = BlockLayout(kv, layer.head_size, layer.kv_cache_torch_dtype)
-    tail = Tail(layout, layer.num_kv_heads)
+    tail = Tail(layout, layer.num_kv_heads, check)
     config.compilation_config.static_forward_context[prefix + TAIL] = tail
     layer.impl = TurboQuantImpl(layer, layer.impl, prefix, layout, tail)
     layer.attn_backend = backend(layout)
     layer.backend = AttentionBackendEnum.CUSTOM
     _installed.add(layer.impl)
     metrics.source(rows)
+
+
+def sweep(config: Any, kv_of: Callable[[str], KVRecipe | None]) -> None:
+    """Install the cache of layers whose models do not tell them of any quantization (their quant_config is None), which
+    are not asked for by name; called whenever another layer is asked for.
+    """
+    for name, layer in list(config.compilation_config.static_forward_context.items()):
+        kv = kv_of(name) if isinstance(layer, LAYERS) and not layer.is_draft_layer else None
+        if kv is not None:
+            install(layer, name, kv)
+
+
+def check(config: Any) -> None:
+    """Raises:
+    VllmError: a layer has a recipe and not our cache.
+    """
+    kv_of = getattr(config.quant_config, "kv_of", lambda name: None)
+    layers = config.compilation_config.static_forward_context.items()
+    left = [n for n, x in layers if isinstance(x, LAYERS) and not x.is_draft_layer and kv_of(n) and not _ours(x)]
+    if left:
+        raise VllmError(f"{', '.join(left)}: this model builds them in a way in which they cannot get our cache")
+
+
+def _ours(layer: Any) -> bool:
+    return isinstance(getattr(layer, "impl", None), TurboQuantImpl)
 
 
 def rows() -> list[metrics.Row]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
@@ -106,6 +107,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer; None leaves it to vLLM."""
+        self._sweep()
         if isinstance(layer, AttentionLayerBase):
             kv = self.kv_of(prefix)
             if kv is not None:
@@ -129,6 +131,14 @@ class TurboQuantVllmConfig(QuantizationConfig):
 
             return TurboQuantMoEMethod(prefix, recipe, self.packed, layer.moe_config)
         return None
+
+    def _sweep(self) -> None:
+        """Some models keep their quantization from their attention layers; those are found as others are asked for."""
+        config = get_current_vllm_config_or_none()
+        if config is not None and (self.recipe.kv or self.kv_overrides):
+            from turboquant.integrations.vllm import attention
+
+            attention.sweep(config, self.kv_of)
 
     def kv_of(self, prefix: str) -> KVRecipe | None:
         """The recipe of an attention layer's cache, None if it stays vLLM's."""

@@ -1,5 +1,6 @@
 """The 16-bit tail of a layer: a companion layer whose KV cache vLLM manages, and its way into CacheBuffers and back."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -35,14 +36,16 @@ class Tail(AttentionLayerBase):
         kv_cache: (N, H, 1, row) uint8, every block of the pool, bound by vLLM.
     """
 
-    def __init__(self, layout: BlockLayout, kv_heads: int) -> None:
-        self.layout, self.kv_heads = layout, kv_heads
+    def __init__(self, layout: BlockLayout, kv_heads: int, check: Callable[[Any], None] | None = None) -> None:
+        self.layout, self.kv_heads, self.check = layout, kv_heads, check
         self.kv_cache = torch.empty(0)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return tail_backend(self.layout)
 
     def get_kv_cache_spec(self, vllm_config: Any) -> TailSpec:
+        if self.check is not None:  # the model is complete now
+            self.check(vllm_config)
         layout = self.layout
         return TailSpec(
             block_size=layout.tokens,
