@@ -10,7 +10,7 @@ from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.pages import Pages, TurboQuantImpl
 from turboquant.integrations.vllm.plan import NULL, order, pieces, plan
 from turboquant.integrations.vllm.spec import TailSpec
-from turboquant.integrations.vllm.tail import Tail
+from turboquant.integrations.vllm.tail import Tail, expand, pool
 from turboquant.layers.cache import LayerCache
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import parse_recipe
@@ -207,7 +207,7 @@ def test_nonfinite_tokens_are_counted_once():
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
 def test_parts_of_a_tail_block_do_not_overlap(recipe, dtype, head_dim):
     layout = BlockLayout(parse_recipe(recipe).kv, head_dim, dtype)
-    assert layout.kv.page % layout.tokens == 0 and layout.row % 16 == 0
+    assert layout.kv.page % layout.tokens == 0 and layout.row % 16 == layout.row % layout.kv.page == 0
     assert layout.row >= PageLayout(layout.kv, head_dim).page_bytes
     rows = torch.zeros(3, 2, layout.row, dtype=torch.uint8)
     views = layout.views(rows)
@@ -219,7 +219,7 @@ def test_parts_of_a_tail_block_do_not_overlap(recipe, dtype, head_dim):
     assert layout.views(rows)["k"].shape == (3, 2, layout.tokens, head_dim)
 
 
-@pytest.mark.parametrize("head_dim,most", [(64, 1.0), (128, 1.03), (256, 1.01)])
+@pytest.mark.parametrize("head_dim,most", [(64, 1.01), (128, 1.03), (256, 1.01)])
 def test_pages_of_kv4_are_hardly_padded_for_the_tail(head_dim, most):
     layout = BlockLayout(parse_recipe("kv4").kv, head_dim, torch.bfloat16)
     assert layout.tokens == 16 and layout.row <= most * PageLayout(layout.kv, head_dim).page_bytes
@@ -242,3 +242,16 @@ def test_tail_blocks_that_are_kept():
     points = [i for p in (512, 1024, 1536) for i in range(p // 16 - 8, p // 16)]
     assert kept == [0, *points, *range((2000 - 192) // 16, 125)]
     assert spec.max_admission_blocks_per_request(2000, 10**6) >= len(kept) + 9
+
+
+@pytest.mark.parametrize("padding", [0, 3 * 2 * 32])
+def test_blocks_of_several_pages_as_vllm_gives_them_beside_larger_states(padding):
+    """vLLM's block of 3 pages of 2 heads, perhaps padded -> rows that do not overlap, null blocks null."""
+    stride = 3 * 2 * 64 + padding
+    raw = torch.arange(5 * stride, dtype=torch.int64).to(torch.uint8)
+    rows = pool(raw.as_strided((5, 2, 3, 64), (stride, 3 * 64, 64, 1)))
+    assert rows.shape == (15, 2, stride // 6) and rows.is_contiguous() and rows.data_ptr() == raw.data_ptr()
+    assert torch.equal(rows.flatten(), raw)
+    assert expand(torch.tensor([[2, 0, 1]]), 3).tolist() == [[6, 7, 8, 0, 0, 0, 3, 4, 5]]
+    with pytest.raises(ValueError, match="16-byte rows"):
+        pool(raw.as_strided((4, 2, 3, 64), (stride + 8, 192, 64, 1)))

@@ -15,7 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 ENGINE = Path(__file__).with_name("cache_engine.py")
 CHUNKED = {"max_num_batched_tokens": 96, "max_num_seqs": 8}
@@ -122,6 +130,26 @@ def test_sliding_window_and_soft_cap(tmp_path, tmp_path_factory):
     same([plain, default, twice, mixed])
     assert all(twice["cached"][1:]) and ["SlidingWindowSpec", 1, 32] in default["groups"]
     assert sum(layers for spec, layers, _ in mixed["groups"] if spec == "TailSpec") == 1
+
+
+def test_hybrid_model(tmp_path, tmp_path_factory):
+    """Convolutions keep vLLM's states, attention has our pages. Plain vLLM's tokens of this model depend on the batch
+    and on prefix hits, so both engines get the same schedule, and no prefix caching.
+
+    Its attention layers are not told of any quantization; they get our cache all the same.
+    """
+    config = Lfm2Config(
+        layer_types=["conv", "full_attention"] * 2, conv_dim=256, conv_dim_out=256, block_dim=256, block_norm_eps=1e-5,
+        block_auto_adjust_ff_dim=False, block_ff_dim=512, block_multiple_of=256, block_ffn_dim_multiplier=1.0,
+        **(SIZES | {"num_hidden_layers": 4, "hidden_size": 256}),
+    )  # fmt: skip
+    model = tiny(tmp_path_factory.mktemp("lfm"), Lfm2ForCausalLM(config))
+    job = {"model": model, "settings": {"enable_prefix_caching": False, "kv_cache_memory_bytes": 256 << 20}}
+    plain, raw, kv4 = engines(tmp_path, [job | {"recipe": r} for r in (None, "raw", "kv4")])
+    assert len({t for p in plain["tokens"] for t in p}) > 20
+    same([plain, raw])
+    assert kv4["blocks"] >= 6.4 * plain["blocks"] and kv4["leaked"] == 0  # of a cache in fp32
+    assert sorted(spec for spec, *_ in kv4["groups"]) == ["FullAttentionSpec", "MambaSpec", "TailSpec"]
 
 
 def test_kv4_gives_the_same_tokens_whatever_the_engine_does(llama, tmp_path):

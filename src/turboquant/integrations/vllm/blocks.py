@@ -7,6 +7,7 @@ a request needs to go on is thus in blocks that vLLM keeps, shares, evicts and c
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -53,9 +54,10 @@ class BlockLayout:
 
     @cached_property
     def row(self) -> int:
-        """Bytes of one KV head in a block."""
+        """Bytes of one KV head in a block, a whole number a token: vLLM multiplies that to fit the blocks of others."""
         most = max(PageLayout(self.kv, self.head_dim).page_bytes, self.tail_bytes(self.tokens))
-        return -(-most // 16) * 16
+        unit = lcm(16, self.kv.page)
+        return -(-most // unit) * unit
 
     @property
     def window(self) -> int:

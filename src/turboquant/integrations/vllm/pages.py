@@ -17,11 +17,12 @@ from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    MultipleOf,
 )
 
 from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.plan import NULL, Call
-from turboquant.integrations.vllm.tail import Tail, layouts
+from turboquant.integrations.vllm.tail import Tail, expand, layouts, pool
 from turboquant.kernels import ops
 
 TAIL = ".tail"
@@ -60,7 +61,7 @@ class TurboQuantImpl(AttentionImpl):
 
         Args:
             query: (T, Hq, d), key, value: (T, H, d), rotary embedding applied.
-            kv_cache: (N, H, 1, row) uint8.
+            kv_cache: (B, H, k, row) uint8, see `pool`.
             output: (T, Hq, d), written.
         """
         if output_scale is not None or output_block_scale is not None:
@@ -102,21 +103,6 @@ class TurboQuantImpl(AttentionImpl):
         return metadata[self.prefix + TAIL]
 
 
-def pool(kv_cache: Tensor) -> Tensor:
-    """Blocks (N, H, 1, row), perhaps padded by vLLM to a common size -> (N, H, bytes) without gaps.
-
-    Raises:
-        ValueError: the padding cannot be shared out between the heads.
-    """
-    n, h, _, row = kv_cache.shape
-    stride = kv_cache.stride(0)
-    if stride == h * row:
-        return kv_cache.view(n, h, row)
-    if stride % (16 * h):
-        raise ValueError(f"blocks of {stride} bytes do not give {h} heads whole 16-byte rows")
-    return kv_cache.as_strided((n, h, stride // h), (stride, stride // h, 1))
-
-
 class Pages:
     """Metadata of a layer's pages: vLLM's block table, -1 where it has none."""
 
@@ -140,7 +126,8 @@ class PagesBuilder(AttentionMetadataBuilder[Pages]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Pages:
-        return Pages(common_attn_metadata.block_table_tensor)
+        page = self.kv_cache_spec.tokens_per_state
+        return Pages(expand(common_attn_metadata.block_table_tensor, self.kv_cache_spec.block_size // page))
 
 
 @lru_cache(maxsize=256)
@@ -171,12 +158,14 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
-        return [cls.layout.kv.page]
+        return [MultipleOf(cls.layout.kv.page)]
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """vLLM's spec of the layer with our page as the block."""
         page = cls.layout.kv.page
+        if spec.block_size == 1:  # vLLM asks what a token takes
+            return replace(spec, dtype=torch.uint8, state_content_bytes=cls.layout.row // page)
         return replace(
             spec, block_size=page, tokens_per_state=page, dtype=torch.uint8, state_content_bytes=cls.layout.row
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
 
 from turboquant.integrations.vllm import metrics
 from turboquant.integrations.vllm.blocks import BlockLayout
@@ -29,11 +29,34 @@ def interval(cache: Any, page: int) -> int:
     return page if asked is None else asked or -(-INTERVAL // page) * page
 
 
+def pool(kv_cache: Tensor) -> Tensor:
+    """vLLM's view of a layer's blocks (B, H, k, row), k of ours in each of its, perhaps padded to a common size ->
+    (B·k, H, bytes), our blocks one after the other without gaps.
+
+    Raises:
+        ValueError: the padding cannot be shared out between the heads.
+    """
+    n, h, k, _ = kv_cache.shape
+    stride = kv_cache.stride(0)
+    if stride % (16 * h * k):
+        raise ValueError(f"blocks of {stride} bytes do not give {h} heads {k} whole 16-byte rows each")
+    row = stride // (h * k)
+    return kv_cache.as_strided((n * k, h, row), (h * row, row, 1))
+
+
+def expand(table: Tensor, k: int) -> Tensor:
+    """Block table (R, M) of vLLM's blocks -> (R, M·k) of ours; null stays null."""
+    if k == 1:
+        return table
+    ids = table.unsqueeze(-1)
+    return torch.where(ids == NULL, NULL, ids * k + torch.arange(k, device=table.device, dtype=table.dtype)).flatten(1)
+
+
 class Tail(AttentionLayerBase):
     """The companion "NAME.tail" of an attention layer NAME.
 
     Attributes:
-        kv_cache: (N, H, 1, row) uint8, every block of the pool, bound by vLLM.
+        kv_cache: (B, H, k, row) uint8, every block of the pool, bound by vLLM.
     """
 
     def __init__(self, layout: BlockLayout, kv_heads: int, check: Callable[[Any], None] | None = None) -> None:
@@ -62,7 +85,7 @@ class Tail(AttentionLayerBase):
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         self.kv_cache = kv_cache
-        self.views = self.layout.views(kv_cache.squeeze(2))
+        self.views = self.layout.views(pool(kv_cache))
         self.heads = torch.arange(kv_cache.shape[1], device=kv_cache.device)[None, :, None]
 
     def _places(self, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +152,8 @@ class TailBuilder(AttentionMetadataBuilder[Any]):
         lengths = known if known is not None and self.exact else m.seq_lens.cpu()
         counts = m.query_start_loc_cpu.diff().tolist()
         starts = [n - c for n, c in zip(lengths.tolist(), counts, strict=True)]
-        return plan(self.layout, starts, counts, m.block_table_tensor)
+        k = self.kv_cache_spec.block_size // self.layout.tokens
+        return plan(self.layout, starts, counts, expand(m.block_table_tensor, k))
 
 
 @lru_cache(maxsize=256)
@@ -160,7 +184,7 @@ class TailBackend(AttentionBackend):
 
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
-        return [cls.layout.tokens]
+        return [MultipleOf(cls.layout.tokens)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> Any:
