@@ -109,7 +109,7 @@ def refusal(layer: Any, kv: KVRecipe, config: Any) -> str | None:
     if isinstance(layer, MLAAttention):
         return "multi-head latent attention keeps one latent vector a token, not keys and values of heads"
     if layer.attn_type != AttentionType.DECODER:
-        return f"{layer.attn_type} attention keeps no growing cache"
+        return f"{AttentionType(layer.attn_type).value} attention keeps no growing cache"
     if type(layer) is not Attention:
         return f"{type(layer).__name__} attends in a way of its own"
     if layer.kv_sharing_target_layer_name is not None:
