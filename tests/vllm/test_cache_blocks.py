@@ -200,7 +200,9 @@ def test_nonfinite_tokens_are_counted_once():
     assert int(engine.impl.nonfinite) == 1
 
 
-@pytest.mark.parametrize("recipe", ["kv4", "kv3", "kv8", "k4v3", "plain4", "kv4:page=16,rewind=16", "kv4:page=512", "raw"])
+@pytest.mark.parametrize(
+    "recipe", ["kv4", "kv3", "kv8", "k4v3", "plain4", "kv4:page=16,rewind=16", "kv4:page=512", "raw"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
 def test_parts_of_a_tail_block_do_not_overlap(recipe, dtype, head_dim):

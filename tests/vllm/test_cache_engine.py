@@ -185,7 +185,9 @@ def test_capacity(head_dim, ratio, tmp_path, tmp_path_factory):
     assert ours["blocks"] >= ratio * plain["blocks"]
     pages, tail = 32768 // 64, 1 + 8 + 1  # what a request of 32k tokens holds: pages, sinks, window
     assert ours["blocks"] // (pages + tail) * pages >= ratio * plain["blocks"] * 0.99  # whole requests
-    print(f"d {head_dim}: {plain['blocks']} -> {ours['blocks']} blocks of 64; {plain['capacity']} -> {ours['capacity']}")
+    print(
+        f"d {head_dim}: {plain['blocks']} -> {ours['blocks']} blocks of 64; {plain['capacity']} -> {ours['capacity']}"
+    )
 
 
 @pytest.mark.parametrize(
