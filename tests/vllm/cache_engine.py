@@ -8,6 +8,7 @@ import sys
 def run(job):
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 64 << 20} | job["settings"]
     if job["recipe"]:
@@ -33,6 +34,8 @@ def run(job):
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is not None:  # in this process
         pool = core.scheduler.kv_cache_manager.block_pool
+        if job.get("hold"):
+            result["held"] = held(llm.llm_engine, pool, prompts[0], given)
         result["leaked"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         result["groups"] = [
             [type(g.kv_cache_spec).__name__, len(g.layer_names), g.kv_cache_spec.block_size]
@@ -41,7 +44,21 @@ def run(job):
     del llm, core
     gc.collect()
     cleanup_dist_env_and_memory()
+    # registered once a process; a second time vLLM would search every module again, and stumble over some of torch's
+    type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
     return result
+
+
+def held(engine, pool, prompt, params):
+    """Blocks that a request holds once its prompt is read."""
+    engine.add_request("held", prompt, params)
+    most = len(prompt["prompt_token_ids"]) + 3
+    [request] = engine.engine_core.engine_core.scheduler.requests.values()
+    while request.num_computed_tokens < most:
+        engine.step()
+    n = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    engine.abort_request(["held"])
+    return n
 
 
 def attempt(job):

@@ -20,7 +20,7 @@ SCALE = 0.2
 
 
 class Engine:
-    """What vLLM does with blocks: a pool full of garbage, tables, tail blocks given as TailSpec wants and taken back."""
+    """What vLLM does with blocks: a pool full of garbage; tail blocks given as TailSpec wants, and taken back."""
 
     def __init__(self, recipe, dtype=torch.float32, window=None, softcap=None, blocks=400):
         kv = parse_recipe(recipe).kv
@@ -113,7 +113,7 @@ def test_any_schedule_gives_the_bytes_and_outputs_of_our_own_cache(recipe, dtype
     streams = [stream(n, seed * 10 + i, dtype) for i, n in enumerate(lengths)]
     engine, done = Engine(recipe, dtype, window, softcap), [0] * 4
     outputs = [torch.full_like(s[0], torch.nan) for s in streams]
-    while any(d < n for d, n in zip(done, lengths)):
+    while any(d < n for d, n in zip(done, lengths, strict=True)):
         work = []
         for i in rng.sample(range(4), rng.randrange(1, 5)):
             n = min(lengths[i] - done[i], rng.choice((1, 1, 1, 5, 64, 90, 300)))
@@ -121,7 +121,7 @@ def test_any_schedule_gives_the_bytes_and_outputs_of_our_own_cache(recipe, dtype
                 work.append((str(i), done[i], *(x[done[i] : done[i] + n] for x in streams[i])))
         if not work:
             continue
-        for (name, start, q, *_), out in zip(work, engine.step(work)):
+        for (name, start, q, *_), out in zip(work, engine.step(work), strict=True):
             outputs[int(name)][start : start + len(q)] = out
             done[int(name)] = start + len(q)
     for i, (want, pages) in enumerate(expected(recipe, streams, window, softcap)):

@@ -10,11 +10,12 @@ import os
 import random
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 ENGINE = Path(__file__).with_name("cache_engine.py")
 CHUNKED = {"max_num_batched_tokens": 96, "max_num_seqs": 8}
@@ -24,15 +25,16 @@ SPECULATIVE = {
     }
 }  # fmt: skip
 SIZES = {
-    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 65536,
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32768,
 }  # fmt: skip
 
 
 def engines(folder, jobs, **env):
     """Results of jobs, each (model, recipe, settings) and what else cache_engine.py knows."""
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
-    jobs = [{"settings": {}, "tokens": 40, "prompts": PROMPTS} | job for job in jobs]
+    env |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    jobs = [{"settings": {}, "tokens": 24, "prompts": PROMPTS} | job for job in jobs]
     given, got = folder / "jobs.json", folder / "results.json"
     given.write_text(json.dumps(jobs))
     done = subprocess.run(
@@ -44,8 +46,8 @@ def engines(folder, jobs, **env):
 
 def _prompts():
     rng = random.Random(1)
-    some = [[rng.randrange(3, 512) for _ in range(n)] for n in (5, 70, 129, 300, 200, 600)]
-    return [*some, some[3] + some[2], some[5][:550] + some[1]]  # the last two share 300 and 550 tokens
+    some = [[rng.randrange(3, 512) for _ in range(n)] for n in (5, 129, 300, 600)]
+    return [*some, some[2] + some[1], some[3][:550] + some[0]]  # the last two share 300 and 550 tokens
 
 
 PROMPTS = _prompts()
@@ -69,8 +71,10 @@ def llama(tmp_path_factory):
 
 
 def same(results, want=None):
+    """All have the tokens of the longest, as far as they go."""
+    want = want or max(results, key=lambda r: len(r["tokens"][0]))
     for r in results:
-        assert r["tokens"] == (want or results[0])["tokens"]
+        assert r["tokens"] == [t[: len(r["tokens"][0])] for t in want["tokens"]]
         assert r.get("leaked", 0) == 0
 
 
@@ -79,12 +83,12 @@ def test_raw_pages_give_the_tokens_of_plain_vllm(llama, tmp_path):
     plain, default, chunked, uncached, twice, tight, small, large, draft = engines(
         tmp_path,
         [
-            {"model": llama, "recipe": None},
+            {"model": llama, "recipe": None, "tokens": 70},
             raw,
             raw | {"settings": CHUNKED},
             raw | {"settings": {"enable_prefix_caching": False}},
             raw | {"times": 2, "settings": CHUNKED},
-            raw | {"settings": CHUNKED | {"num_gpu_blocks_override": 62}},
+            raw | {"settings": CHUNKED | {"num_gpu_blocks_override": 45}, "tokens": 70},
             raw | {"recipe": "raw:page=16,rewind=16"},
             raw | {"recipe": "raw:page=128,ring=64"},
             raw | {"settings": SPECULATIVE},
@@ -92,10 +96,10 @@ def test_raw_pages_give_the_tokens_of_plain_vllm(llama, tmp_path):
     )
     assert len({t for p in plain["tokens"] for t in p}) > 20
     same([plain, default, chunked, uncached, twice, tight, small, large, draft])
-    assert default["cached"][-2:] == [256, 512] and uncached["cached"] == [0] * 8
+    assert default["cached"][-2:] == [256, 512] and uncached["cached"] == [0] * 6
     assert twice["cached"] == [(len(p) - 1) // 64 * 64 for p in PROMPTS]
-    assert tight["preemptions"] >= 2 and default["preemptions"] == 0
-    assert sorted(default["groups"]) == [["FullAttentionSpec", 4, 64], ["TailSpec", 4, 32]]
+    assert tight["preemptions"] >= 1 and default["preemptions"] == 0
+    assert sorted(default["groups"]) == [["FullAttentionSpec", 2, 64], ["TailSpec", 2, 32]]
 
 
 def test_sliding_window_and_soft_cap(tmp_path, tmp_path_factory):
@@ -116,19 +120,19 @@ def test_sliding_window_and_soft_cap(tmp_path, tmp_path_factory):
     )
     assert len({t for p in plain["tokens"] for t in p}) > 20
     same([plain, default, twice, mixed])
-    assert all(twice["cached"][1:]) and ["SlidingWindowSpec", 2, 32] in default["groups"]
-    assert sum(layers for spec, layers, _ in mixed["groups"] if spec == "TailSpec") == 3
+    assert all(twice["cached"][1:]) and ["SlidingWindowSpec", 1, 32] in default["groups"]
+    assert sum(layers for spec, layers, _ in mixed["groups"] if spec == "TailSpec") == 1
 
 
 def test_kv4_gives_the_same_tokens_whatever_the_engine_does(llama, tmp_path):
-    job = {"model": llama, "recipe": "kv4", "tokens": 80}
+    job = {"model": llama, "recipe": "kv4", "tokens": 70}
     default, chunked, twice, tight, draft, dense = engines(
         tmp_path,
         [
             job,
             job | {"settings": CHUNKED | {"enable_prefix_caching": False}},
             job | {"times": 2, "settings": CHUNKED},
-            job | {"settings": CHUNKED | {"num_gpu_blocks_override": 105}},
+            job | {"settings": CHUNKED | {"num_gpu_blocks_override": 90}},
             job | {"settings": SPECULATIVE},
             job | {"settings": {"prefix_cache_retention_interval": None}},
         ],
@@ -155,12 +159,11 @@ def kl(p, q):
     return sum(math.exp(p[t]) * (p[t] - q[t]) for t in both) + rest[0] * math.log(rest[0] / rest[1])
 
 
-def test_kv4_is_as_near_to_vllms_own_cache_as_in_transformers(smollm2, text, tmp_path):
-    from transformers import AutoTokenizer
-
+def test_kv4_is_as_near_to_vllms_own_cache_as_in_transformers(smollm2, tmp_path):
+    text = (files("turboquant") / "data" / "sotu.txt").read_text()[:20000]
     tokens = AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"]
     prompts = [tokens[i : i + 1000] for i in (0, 1000)]
-    job = {"model": smollm2, "prompts": prompts, "tokens": 1, "logprobs": 20, "settings": {"max_num_seqs": 2}}
+    job = {"model": str(smollm2), "prompts": prompts, "tokens": 1, "logprobs": 20, "settings": {"max_num_seqs": 2}}
     plain, ours = engines(tmp_path, [job | {"recipe": None}, job | {"recipe": "kv4"}])
     loss, divergence, agree = [[], []], [], []
     for prompt, a, b in zip(prompts, plain["logprobs"], ours["logprobs"], strict=True):
@@ -177,17 +180,20 @@ def test_kv4_is_as_near_to_vllms_own_cache_as_in_transformers(smollm2, text, tmp
 
 @pytest.mark.parametrize("head_dim,ratio", [(64, 3.2), (128, 3.4)])
 def test_capacity(head_dim, ratio, tmp_path, tmp_path_factory):
+    """Blocks of the pool, and tokens in it when every request has 32k tokens and the tail it really holds."""
     config = LlamaConfig(head_dim=head_dim, tie_word_embeddings=False, **SIZES)
     model = tiny(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(config))
     settings = {"dtype": "bfloat16", "max_model_len": 32768, "max_num_batched_tokens": 2048, "max_num_seqs": 8}
-    job = {"model": model, "prompts": [[5, 6, 7]], "tokens": 2, "settings": settings | {"block_size": 64}}
+    settings |= {"kv_cache_memory_bytes": 128 << 20, "block_size": 64}
+    job = {"model": model, "prompts": [PROMPTS[3] * 2], "tokens": 9, "settings": settings, "hold": True}
     plain, ours = engines(tmp_path, [job | {"recipe": None}, job | {"recipe": "kv4"}])
-    assert ours["blocks"] >= ratio * plain["blocks"]
-    pages, tail = 32768 // 64, 1 + 8 + 1  # what a request of 32k tokens holds: pages, sinks, window
-    assert ours["blocks"] // (pages + tail) * pages >= ratio * plain["blocks"] * 0.99  # whole requests
-    print(
-        f"d {head_dim}: {plain['blocks']} -> {ours['blocks']} blocks of 64; {plain['capacity']} -> {ours['capacity']}"
-    )
+    pages = 32768 // 64
+    tail = ours["held"] - plain["held"]
+    tokens = ours["blocks"] * pages / (pages + tail)
+    figures = f"{plain['blocks']} -> {ours['blocks']} blocks of 64 tokens, with tails of {tail} "
+    figures += f"x{tokens / plain['blocks']:.2f}"
+    print(f"head_dim {head_dim}: {figures}; vLLM's own count of tokens {plain['capacity']} -> {ours['capacity']}")
+    assert 8 <= tail <= 14 and tokens >= ratio * plain["blocks"], figures
 
 
 @pytest.mark.parametrize(
