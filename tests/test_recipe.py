@@ -215,3 +215,12 @@ def test_wrong_linear_fields():
     for make in (WeightRecipe, ActivationRecipe):
         with pytest.raises(RecipeError, match="bits=5"):
             make(5)
+
+
+def test_raw_pages():
+    kv = parse_recipe("raw:page=32").kv
+    assert (kv.codec, kv.key_bits, kv.value_bits, kv.hot_channels(64)) == ("raw", 32, 32, 0)
+    assert parse_recipe(kv.name).kv == kv and kv.name == "raw:page=32"
+    assert parse_recipe("w4raw").kv.codec == "raw"
+    with pytest.raises(RecipeError, match="key_bits=4"):
+        KVRecipe(codec="raw")

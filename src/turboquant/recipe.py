@@ -3,6 +3,7 @@
 kv4                        live keys and values in 4 bit
 k4v3                       4-bit keys, 3-bit values
 plain4                     the paper's TurboQuant_mse, for comparison
+raw                        keys and values as they are, in fp32: what is lossless must be identical (for tests)
 w4, w8                     weights of linear layers in one stage of 4 bit, or in two (4+4)
 a8, a4                     activations that enter linear layers, quantized while the model runs
 w4a8kv4                    products, always in the order weights, activations, cache
@@ -17,6 +18,7 @@ from math import gcd
 from typing import Any
 
 KV_BITS = (2, 3, 4, 8)
+RAW_BITS = 32
 LINEAR_BITS = (4, 8)
 EXAMPLES = ("kv4", "kv3", "kv2", "kv8", "k4v3", "plain4", "plain3", "plain2")
 LINEAR_EXAMPLES = ("w4a8kv4", "w8a8kv4", "w4a8", "w8a8", "w4a4", "w4", "w8", "a8", "a4")
@@ -31,8 +33,8 @@ class KVRecipe:
     """How one KV cache is stored.
 
     Attributes:
-        key_bits, value_bits: bits of the codes, one of 2, 3, 4, 8.
-        codec: "live" (tracked keys, see maths/codec.py) or "plain" (the paper's TurboQuant_mse).
+        key_bits, value_bits: bits of the codes, one of 2, 3, 4, 8; 32 for "raw".
+        codec: "live" (tracked keys, see maths/codec.py), "plain" (the paper's TurboQuant_mse) or "raw" (fp32).
         page: tokens of a page, a multiple of 16.
         hot: key channels kept in 8 bit per page and head; -1 for the default of the head_dim (`hot_channels`).
         ring: newest tokens read in 16 bit, 0 allowed (the open page is in 16 bit anyway until it is complete).
@@ -57,9 +59,10 @@ class KVRecipe:
             if not ok:
                 raise RecipeError(f"{name}={getattr(self, name)!r} is not allowed: {name} must be {allowed}")
 
-        need(self.key_bits in KV_BITS, "key_bits", f"one of {KV_BITS}")
-        need(self.value_bits in KV_BITS, "value_bits", f"one of {KV_BITS}")
-        need(self.codec in ("live", "plain"), "codec", "'live' or 'plain'")
+        need(self.codec in ("live", "plain", "raw"), "codec", "'live', 'plain' or 'raw'")
+        bits = (RAW_BITS,) if self.codec == "raw" else KV_BITS
+        need(self.key_bits in bits, "key_bits", f"one of {bits}")
+        need(self.value_bits in bits, "value_bits", f"one of {bits}")
         need(16 <= self.page <= 512 and self.page % 16 == 0, "page", "a multiple of 16 from 16 to 512")
         need(-1 <= self.hot <= 64, "hot", "from 0 to 64, or -1 for the default")
         need(0 <= self.ring <= 65536, "ring", "from 0 to 65536 tokens")
@@ -71,7 +74,7 @@ class KVRecipe:
 
     def hot_channels(self, head_dim: int) -> int:
         """Hot key channels of a head: `hot`, or by default 4 up to head_dim 128 and head_dim/16 above."""
-        if self.codec == "plain":
+        if self.codec != "live":
             return 0
         default = 4 if head_dim <= 128 else head_dim // 16
         return min(default if self.hot < 0 else self.hot, head_dim // 2)
@@ -90,7 +93,9 @@ class KVRecipe:
     def name(self) -> str:
         """The string that `parse_recipe` turns into this."""
         k, v = self.key_bits, self.value_bits
-        if self.codec == "plain":
+        if self.codec == "raw":
+            head = "raw"
+        elif self.codec == "plain":
             head = f"plain{k}" if k == v else f"plaink{k}v{v}"
         else:
             head = f"kv{k}" if k == v else f"k{k}v{v}"
@@ -244,7 +249,7 @@ def _changed(part: Any, f: Any) -> bool:
 
 _HEAD = re.compile(
     r"(?:w(?P<w>\d+))?(?:a(?P<a>\d+))?"
-    r"(?P<cache>(?P<plain>plain)?(?:kv(?P<both>\d+)|k(?P<k>\d+)v(?P<v>\d+)|(?P<bare>\d+)))?"
+    r"(?P<cache>(?P<raw>raw)|(?P<plain>plain)?(?:kv(?P<both>\d+)|k(?P<k>\d+)v(?P<v>\d+)|(?P<bare>\d+)))?"
 )
 
 
@@ -261,7 +266,9 @@ def parse_recipe(text: "str | Recipe") -> Recipe:
     if m is None or not head or (m["bare"] and not m["plain"]):
         raise RecipeError(_unknown(text, head))
     kv = weights = activations = None
-    if m["cache"]:
+    if m["raw"]:
+        kv = KVRecipe(RAW_BITS, RAW_BITS, codec="raw")
+    elif m["cache"]:
         key_bits = int(m["k"] or m["both"] or m["bare"])
         value_bits = int(m["v"] or m["both"] or m["bare"])
         if key_bits not in KV_BITS or value_bits not in KV_BITS:

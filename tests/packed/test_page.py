@@ -154,3 +154,21 @@ def test_codes_survive_the_page(layout):
 def test_head_dims_that_the_codec_cannot_take(head_dim):
     with pytest.raises(RecipeError, match=rf"head_dim={head_dim} is not supported: .* multiple of 16, 16 to 256"):
         PageLayout(KVRecipe(), head_dim)
+
+
+def test_a_stride_adds_zeros_behind_a_page_and_nothing_else():
+    kv = parse_recipe("kv4").kv
+    page, wide = PageLayout(kv, 64), PageLayout(kv, 64, 4672)
+    assert (page.page_bytes, wide.page_bytes, PageLayout(kv, 64, 16).page_bytes) == (4640, 4672, 4640)
+    data = torch.randint(0, 256, (3, page.page_bytes), dtype=torch.uint8)
+    fields = {name: page.read(data, name) for name in page.fields}
+    written = wide.write(fields)
+    assert torch.equal(written[:, :4640], page.write(fields)) and not written[:, 4640:].any()
+
+
+def test_raw_pages_are_the_numbers():
+    layout = PageLayout(parse_recipe("raw:page=16,rewind=16").kv, 16)
+    k, v = torch.randn(2, 16, 16), torch.randn(2, 16, 16)
+    data = layout.write({"key_codes": k, "value_codes": v})
+    assert torch.equal(data, torch.cat([k.flatten(1), v.flatten(1)], 1).view(torch.uint8))
+    assert torch.equal(layout.read(data, "key_codes"), k) and torch.equal(layout.read(data, "value_codes"), v)

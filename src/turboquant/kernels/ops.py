@@ -62,6 +62,8 @@ def _refusal(
     name: str, op: str, layout: PageLayout | LinearSpec | None, device: torch.device, chunk: Chunk = ANY
 ) -> str | None:
     """None if the backend can run the op, else the reason."""
+    if isinstance(layout, PageLayout) and layout.kv.codec == "raw" and name != "reference":
+        return f"{name} has no raw pages"
     module = import_module(f"turboquant.kernels.{name}")
     supports = getattr(module, "supports", None)
     why: str | None = supports(op, layout, device) if supports else None

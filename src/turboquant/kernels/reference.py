@@ -35,12 +35,16 @@ TILE = 1 << 24  # logits, or decoded numbers, of one tile: bounds the workspace 
 
 def decode_page_keys(layout: PageLayout, pages: Tensor) -> Tensor:
     """(..., page_bytes) uint8 -> (..., P, d) fp32 keys."""
+    if layout.kv.codec == "raw":
+        return layout.read(pages, "key_codes")
     c = unpack_keys(layout, pages)
     return decode_keys(c, layout.kv.key_bits) if isinstance(c, LiveCodes) else decode_plain(c, layout.kv.key_bits)
 
 
 def decode_page_values(layout: PageLayout, pages: Tensor) -> Tensor:
     """(..., page_bytes) uint8 -> (..., P, d) fp32 values."""
+    if layout.kv.codec == "raw":
+        return layout.read(pages, "value_codes")
     c = unpack_values(layout, pages)
     bits = layout.kv.value_bits
     return decode_plain(c, bits) if isinstance(c, PlainCodes) else decode_values(c, bits)
@@ -68,6 +72,8 @@ def encode_pages(
         state: tracker state (..., d) before the first of them, None at the beginning of a sequence.
     """
     kv = layout.kv
+    if kv.codec == "raw":
+        return layout.write({"key_codes": k, "value_codes": v}), ChannelStats(power, power, power)
     k, v = _finite(k), _finite(v)
     if kv.codec == "plain":
         data = pack_page(layout, encode_plain(k, kv.key_bits), encode_plain(v, kv.value_bits))

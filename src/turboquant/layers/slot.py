@@ -138,11 +138,15 @@ class Slot:
         values = (t.power, t.peak, t.hot, t.sigma, torch.tensor(t.seen, device=t.power.device))
         return {f"{self.name}_x_{key}": v for key, v in zip(TRACKER, values, strict=True)}
 
-    def follow(self, x: Tensor) -> None:
-        """Let the tracker see the tokens x (..., K), and take the hot columns of the weight anew if it says so."""
+    def follow(self, x: Tensor) -> bool:
+        """Let the tracker see the tokens x (..., K), and take the hot columns of the weight anew if it says so.
+
+        Returns:
+            whether it did: the channels had drifted.
+        """
         m, a = self.module, self.recipe.activations
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return  # what is captured replays with the channels that are hot between the replays
+            return False  # what is captured replays with the channels that are hot between the replays
         if self.tracker is None:
             assert a is not None
             state = {key: getattr(m, f"{self.name}_x_{key}") for key in TRACKER}
@@ -154,6 +158,7 @@ class Slot:
                 getattr(m, key).copy_(t)  # in place: what a CUDA graph captured stays valid
         if changed or self._hot is None:
             self._take_columns()
+        return changed
 
     def _take_columns(self) -> None:
         index, sigma = (getattr(self.module, f"{self.name}_x_{key}") for key in ("hot", "sigma"))

@@ -56,12 +56,16 @@ def _align(n: int) -> int:
 class PageLayout:
     """Sizes and offsets of a page for one recipe and head_dim.
 
+    Attributes:
+        stride: bytes from one page to the next where a page needs fewer; what is over is zero. 0 for none over.
+
     Raises:
         RecipeError: a head_dim that the codec cannot take (it must be a multiple of 16, from 16 to 256).
     """
 
     kv: KVRecipe
     head_dim: int
+    stride: int = 0
 
     def __post_init__(self) -> None:
         if not 16 <= self.head_dim <= 256 or self.head_dim % 16:
@@ -76,6 +80,12 @@ class PageLayout:
     def fields(self) -> dict[str, Field]:
         """Every field by name, in the order of the bytes."""
         p, d, h, f16 = self.kv.page, self.head_dim, self.hot, torch.float16
+        if self.kv.codec == "raw":
+            nbytes = p * d * 4
+            return {
+                name: Field(name, i * nbytes, nbytes, torch.float32, (p, d))
+                for i, name in enumerate(("key_codes", "value_codes"))
+            }
         if self.kv.codec == "plain":
             small: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("key_scale", f16, (p,))]
             value_small: list[tuple[str, torch.dtype, tuple[int, ...]]] = [("value_scale", f16, (p,))]
@@ -118,7 +128,7 @@ class PageLayout:
     def page_bytes(self) -> int:
         """Bytes of a page, keys and values together."""
         last = self.fields["value_codes"]
-        return _align(last.offset + last.nbytes)
+        return max(_align(last.offset + last.nbytes), self.stride)
 
     @property
     def key_bytes(self) -> int:

@@ -1,0 +1,5 @@
+"""python -m turboquant.cli"""
+
+from turboquant.cli import app
+
+app()

@@ -1,0 +1,144 @@
+"""Attention layers of vLLM with our cache: `install` gives a layer our backend and its companion, the tail.
+
+The backend is set layer by layer, so every layer may have a recipe of its own, and layers without one keep what vLLM
+chose. What cannot be served is refused here, when the model is built.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from turboquant.integrations.vllm import metrics
+from turboquant.integrations.vllm.blocks import BlockLayout
+from turboquant.integrations.vllm.pages import FLOATS, TAIL, TurboQuantImpl, backend
+from turboquant.integrations.vllm.tail import Tail
+from turboquant.kernels import ops
+from turboquant.packed.page import PageLayout
+from turboquant.recipe import KVRecipe, RecipeError
+
+LAYERS = (Attention, MLAAttention)  # what install is to be called for
+_installed: "weakref.WeakSet[TurboQuantImpl]" = weakref.WeakSet()
+
+
+class VllmError(ValueError):
+    """vLLM was asked to serve what our cache cannot; the message says what and why."""
+
+
+def install(layer: Any, prefix: str, kv: KVRecipe) -> None:
+    """Give an attention layer of vLLM our cache; idempotent.
+
+    Args:
+        layer: under construction, with the backend that vLLM chose.
+        prefix: its name.
+
+    Raises:
+        VllmError: what cannot be served, with the reason.
+    """
+    if _ours(layer):
+        return
+    config = get_current_vllm_config()
+    why = refusal(layer, kv, config)
+    if why is not None:
+        raise VllmError(f"{prefix}: a {kv.name!r} cache cannot be served: {why}")
+    layout = BlockLayout(kv, layer.head_size, layer.kv_cache_torch_dtype)
+    tail = Tail(layout, layer.num_kv_heads, check)
+    config.compilation_config.static_forward_context[prefix + TAIL] = tail
+    layer.impl = TurboQuantImpl(layer, layer.impl, prefix, layout, tail)
+    layer.attn_backend = backend(layout)
+    layer.backend = AttentionBackendEnum.CUSTOM
+    _installed.add(layer.impl)
+    metrics.source(rows)
+
+
+def sweep(config: Any, kv_of: Callable[[str], KVRecipe | None]) -> None:
+    """Install the cache of layers whose models do not tell them of any quantization (their quant_config is None), which
+    are not asked for by name; called whenever another layer is asked for.
+    """
+    for name, layer in list(config.compilation_config.static_forward_context.items()):
+        kv = kv_of(name) if isinstance(layer, LAYERS) and not layer.is_draft_layer else None
+        if kv is not None:
+            install(layer, name, kv)
+
+
+def check(config: Any) -> None:
+    """Raises:
+    VllmError: a layer has a recipe and not our cache.
+    """
+    kv_of = getattr(config.quant_config, "kv_of", lambda name: None)
+    layers = config.compilation_config.static_forward_context.items()
+    left = [n for n, x in layers if isinstance(x, LAYERS) and not x.is_draft_layer and kv_of(n) and not _ours(x)]
+    if left:
+        raise VllmError(f"{', '.join(left)}: this model builds them in a way in which they cannot get our cache")
+
+
+def _ours(layer: Any) -> bool:
+    return isinstance(getattr(layer, "impl", None), TurboQuantImpl)
+
+
+def rows() -> list[metrics.Row]:
+    """What the caches of this process are and have seen, for /metrics."""
+    impls = list(_installed)
+    if not impls:
+        return []
+    pages = [PageLayout(i.layout.kv, i.layout.head_dim) for i in impls]
+    out: list[metrics.Row] = [
+        ("cache_bits", {"part": "keys"}, sum(p.key_bits for p in pages) / len(pages)),
+        ("cache_bits", {"part": "values"}, sum(p.value_bits for p in pages) / len(pages)),
+        ("cache_bytes_per_token", {}, sum(i.num_kv_heads * i.layout.row / i.layout.kv.page for i in impls)),
+        ("nonfinite_tokens", {}, max(int(i.nonfinite) for i in impls)),
+    ]
+    for op in ops.OPS:
+        kernels = {
+            ops.choose(op, p, i.tail.kv_cache.device, ops.Chunk(i.layout.dtype))[0]
+            for i, p in zip(impls, pages, strict=True)
+        }
+        out += [("kernel_info", {"op": op, "kernel": k}, 1.0) for k in sorted(kernels)]
+    return out
+
+
+def refusal(layer: Any, kv: KVRecipe, config: Any) -> str | None:
+    """Why a layer cannot have our cache, None if it can."""
+    if not hasattr(AttentionBackend, "customize_spec"):
+        return f"vLLM {vllm.__version__} has no AttentionBackend.customize_spec, which came with 0.28"
+    if isinstance(layer, MLAAttention):
+        return "multi-head latent attention keeps one latent vector a token, not keys and values of heads"
+    if layer.attn_type != AttentionType.DECODER:
+        return f"{AttentionType(layer.attn_type).value} attention keeps no growing cache"
+    if type(layer) is not Attention:
+        return f"{type(layer).__name__} attends in a way of its own"
+    if layer.kv_sharing_target_layer_name is not None:
+        return f"it reads the cache of {layer.kv_sharing_target_layer_name}"
+    if layer.kv_cache_torch_dtype not in FLOATS or layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+        return f"kv_cache_dtype={layer.kv_cache_dtype!r} asks for another format; leave it at 'auto'"
+    if layer.head_size != layer.head_size_v:
+        return f"keys have {layer.head_size} channels and values {layer.head_size_v}"
+    try:
+        PageLayout(kv, layer.head_size)
+    except RecipeError as e:
+        return str(e)
+    if getattr(layer.impl, "alibi_slopes", None) is not None:
+        return "ALiBi is added to logits that our kernels do not hand out"
+    if layer.use_mm_prefix:
+        return "image tokens attend to one another in both directions"
+    if not hasattr(layer.impl, "scale") or not hasattr(layer.impl, "logits_soft_cap"):
+        return f"{type(layer.impl).__name__} does not say its scale and soft cap"
+    if layer.has_sink and getattr(layer.impl, "sinks", None) is None:
+        return f"{type(layer.impl).__name__} does not hand out its sink logits"
+    return _refused_by_config(config)
+
+
+def _refused_by_config(config: Any) -> str | None:
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        return "context parallelism splits pages between ranks"
+    if config.kv_transfer_config is not None:
+        return "KV connectors do not carry the tail"
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return "the tail is a KV cache group of its own: --disable-hybrid-kv-cache-manager must not be given"
+    return None

@@ -1,0 +1,112 @@
+"""Weights on their way into a layer: what a loader of vLLM brings is counted and checked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from turboquant.packed.checkpoint import CheckpointError
+
+
+class Copies(TorchDispatchMode):
+    """Counts the numbers that are copied within the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.numbers += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+class Reader:
+    """One parameter of a layer while a checkpoint is read.
+
+    Args:
+        where: name of the parameter, for messages.
+        shape, dtype: of the parameter.
+        loader: vLLM's weight loader of the layer, which cuts this rank's part out.
+        attrs: what the loader reads of the parameter (output_dim, input_dim).
+        exact: the dtype a tensor must have; None for any float.
+        full: called with the parameter once all of it has come. Until its first part comes it takes no memory then
+            (`parameter` is a meta tensor); without `full` it is an ordinary parameter.
+    """
+
+    def __init__(
+        self, where: str, shape: tuple[int, ...], dtype: torch.dtype, loader: Callable[..., Any],
+        attrs: dict[str, Any], exact: torch.dtype | None, full: Callable[[Tensor], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.where, self.loader, self.exact, self.full = where, loader, exact, full
+        self.device = torch.empty(0).device  # vLLM makes layers in the context of their device, and loads outside it
+        self.attrs, self.numbers = attrs, 0
+        self.parameter = self._make(shape, dtype, "meta" if full else self.device)
+        self.parameter.weight_loader = self.load  # type: ignore[attr-defined]
+        self.target: nn.Parameter | None = None if full else self.parameter
+
+    def _make(self, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> nn.Parameter:
+        out = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        for key, value in self.attrs.items():
+            setattr(out, key, value)
+        return out
+
+    def load(self, param: Tensor, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's weight loader, with checks.
+
+        Raises:
+            CheckpointError: another dtype or shape than expected, or more than the parameter holds.
+        """
+        kind = loaded_weight.dtype
+        if kind != self.exact if self.exact is not None else not kind.is_floating_point:
+            want = str(self.exact or "a float type").removeprefix("torch.")
+            raise CheckpointError(f"{self.where}: the checkpoint has {str(kind).removeprefix('torch.')}, not {want}")
+        if self.done:
+            raise CheckpointError(f"{self.where}: the checkpoint has more of it than {list(self.parameter.shape)}")
+        if self.target is None:
+            self.target = self._make(tuple(self.parameter.shape), self.parameter.dtype, self.device)
+        try:
+            with Copies() as copies:
+                out = self.loader(self.target, loaded_weight, *args, **kwargs)
+        except (AssertionError, RuntimeError, IndexError) as e:
+            raise CheckpointError(
+                f"{self.where}: a tensor {list(loaded_weight.shape)} of the checkpoint does not fit "
+                f"{list(self.parameter.shape)} ({str(e).strip() or type(e).__name__})"
+            ) from e
+        self.numbers += copies.numbers
+        if self.done and self.full is not None:
+            whole, self.target = self.target, None
+            self.full(whole.data)
+        return out
+
+    @property
+    def done(self) -> bool:
+        """Whether everything has come."""
+        return self.numbers >= self.parameter.numel()
+
+    def finish(self, dummy: bool = False) -> None:
+        """After loading: refuse a parameter of which something is missing; with `dummy` make one up.
+
+        Raises:
+            CheckpointError.
+        """
+        if self.done:
+            return
+        if not dummy:
+            raise CheckpointError(
+                f"{self.where}: the checkpoint has {self.numbers} of {self.parameter.numel()} numbers of it; "
+                "the rest would be garbage"
+            )
+        self.numbers = self.parameter.numel()
+        whole = self.target if self.target is not None else self._make(
+            tuple(self.parameter.shape), self.parameter.dtype, self.device
+        )  # fmt: skip
+        if whole.is_floating_point():
+            whole.data.normal_(std=0.02)
+        else:
+            whole.data.fill_(7)
+        if self.full is not None:
+            self.target = None
+            self.full(whole.data)

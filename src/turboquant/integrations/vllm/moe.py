@@ -1,0 +1,164 @@
+"""Mixtures of experts in vLLM: the two stacks of a layer as slots, packed while they are read.
+
+Experts run one after another; which ones is known on the host only, so no CUDA graph can hold them. What cannot be
+served is refused when the layer is made, never left unquantized.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
+from vllm.platforms import current_platform
+
+from turboquant.integrations.vllm import metrics
+from turboquant.integrations.vllm.linear import _METHODS, dummy_weights, enlist, live
+from turboquant.integrations.vllm.loading import Reader
+from turboquant.layers.slot import Slot
+from turboquant.recipe import Recipe, RecipeError
+
+SERVED = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)  # between the products, gate first
+
+
+class TurboQuantMoEMethod(FusedMoEMethodBase):
+    """How the experts of one layer are stored and run.
+
+    Args:
+        prefix: name of the layer.
+        recipe: its linear part counts.
+        packed: whether the checkpoint holds packed weights, which is refused.
+        moe: vLLM's FusedMoEConfig.
+
+    Raises:
+        RecipeError: experts of a kind that cannot be served; the message says why.
+    """
+
+    requires_device_loading = False
+
+    def __init__(self, prefix: str, recipe: Recipe, packed: bool, moe: Any) -> None:
+        super().__init__(moe)
+        self.prefix, self.recipe = prefix, recipe
+        why = self._refusal(packed)
+        if why:
+            raise RecipeError(f"{prefix}: {why}; or leave the experts as they are: modules_to_not_convert=['experts']")
+        self.key, self.dummy, self.dtype = enlist(self, prefix), dummy_weights(), moe.in_dtype
+        self.first: Slot | None = None
+        self.second: Slot | None = None
+        self.changes = 0  # times the hot channels were chosen anew
+        self.readers: dict[str, Reader] = {}
+
+    def _refusal(self, packed: bool) -> str | None:
+        """Why these experts are not served, None if they are."""
+        moe, config = self.moe, get_current_vllm_config_or_none()
+        if packed:
+            return "experts of a packed checkpoint are not loaded in vLLM; serve the unpacked one with this recipe"
+        if moe.activation not in SERVED:
+            return f"experts with {moe.activation.value} between their products are not served"
+        if moe.has_bias or getattr(moe, "swiglu_limit", None) is not None:
+            return "experts with biases or a clamp are not served"
+        if moe.moe_parallel_config.use_all2all_kernels:
+            return "experts that are spread over data-parallel ranks are not served"
+        if current_platform.is_cuda() and config is not None:
+            mode = config.compilation_config.cudagraph_mode
+            if not config.model_config.enforce_eager and mode is not None and mode.name != "NONE":
+                return "experts run one by one, which CUDA graphs cannot hold: serve with --enforce-eager"
+        return None
+
+    def create_weights(
+        self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+        params_dtype: torch.dtype, **extra: Any,
+    ) -> None:  # fmt: skip
+        """As of vLLM's methods.
+
+        Raises:
+            RecipeError: this rank's part of the experts cannot be packed.
+        """
+        if layer.apply_router_weight_on_input:
+            raise RecipeError(f"{self.prefix}: experts that weigh their input are not served")
+        e, k, inner = num_experts, hidden_size, intermediate_size_per_partition
+        loader, self.dtype = extra.pop("weight_loader"), params_dtype
+        for name, shape in {"w13_weight": (e, 2 * inner, k), "w2_weight": (e, k, inner)}.items():
+            if self.recipe.weights is not None:
+                try:
+                    self.recipe.weights.group_of(shape[-1])
+                except RecipeError as error:
+                    raise RecipeError(f"{self.prefix}.{name}: {error}, and this rank has {shape[-1]}") from error
+            full = lambda w, name=name: self._pack(layer, name, w)  # noqa: E731
+            reader = Reader(f"{self.prefix}.{name}", shape, params_dtype, loader, extra, None, full)
+            self.readers[name] = reader
+            layer.register_parameter(name, reader.parameter)
+
+    @torch.no_grad()
+    def _pack(self, layer: Any, name: str, w: Tensor) -> None:
+        """A whole stack (E, N, K) has come."""
+        delattr(layer, name)
+        if self.recipe.weights is None:
+            layer.register_parameter(name, torch.nn.Parameter(w, requires_grad=False))
+        slot = Slot(layer, name, tuple(w.shape), self.recipe, "meta")
+        slot.load(w)
+        if slot.tracked:
+            slot.start()
+        if name == "w13_weight":
+            self.first = slot
+        else:
+            self.second = slot
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Refuse experts of which something was not in the checkpoint.
+
+        Raises:
+            CheckpointError.
+        """
+        for reader in self.readers.values():
+            reader.finish(self.dummy)
+        self.readers = {}
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: no kernel of vLLM's runs."""
+
+    @property
+    def slots(self) -> list[Slot]:
+        """The weights of this layer."""
+        return [s for s in (self.first, self.second) if s is not None]
+
+    def apply(
+        self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """(tokens, K), (tokens, k) weights and experts -> (tokens, K); shared experts are vLLM's to run."""
+        return torch.ops.turboquant.vllm_experts(x, topk_weights, topk_ids, layer.expert_map, self.key)
+
+    def run(self, x: Tensor, weights: Tensor, ids: Tensor, local: Tensor | None) -> Tensor:
+        """The layer itself, outside of what is compiled. `local` maps experts to those of this rank, -1 elsewhere."""
+        first, second = self.first, self.second
+        assert first is not None and second is not None, f"{self.prefix} has no weights"
+        if first.tracked and live():
+            self.changes += first.follow(x)
+        metrics.publish(x)
+        if local is not None:
+            ids = local[ids.long()]
+        out = torch.zeros_like(x, dtype=torch.float32)
+        for e in ids.unique().tolist():
+            if e < 0:
+                continue
+            token, place = torch.where(ids == e)
+            up = first(x[token], None, e)
+            inner = up.new_empty(len(token), up.shape[-1] // 2)
+            apply_moe_activation(self.moe.activation, inner, up)
+            if second.tracked and live():
+                self.changes += second.follow(inner)
+            y = second(inner, None, e)
+            out.index_add_(0, token, (y * weights[token, place, None]).float())
+        return out.to(x.dtype)
+
+
+@torch.library.custom_op("turboquant::vllm_experts", mutates_args=())
+def _experts(x: Tensor, weights: Tensor, ids: Tensor, local: Tensor | None, name: str) -> Tensor:
+    return _METHODS[name].run(x, weights, ids, local)
+
+
+@_experts.register_fake
+def _(x: Tensor, weights: Tensor, ids: Tensor, local: Tensor | None, name: str) -> Tensor:
+    return torch.empty_like(x)

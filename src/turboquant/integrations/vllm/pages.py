@@ -1,0 +1,183 @@
+"""Attention over our pages and the tail, as vLLM calls it: metadata, implementation, backend.
+
+One page is one block; everything else a request needs stands in the blocks of the tail (tail.py), so nothing here
+outlives a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.forward_context import get_forward_context
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+
+from turboquant.integrations.vllm.blocks import BlockLayout
+from turboquant.integrations.vllm.plan import NULL, Call
+from turboquant.integrations.vllm.tail import Tail, expand, layouts, pool
+from turboquant.kernels import ops
+
+TAIL = ".tail"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TurboQuantImpl(AttentionImpl):
+    """Attention over pages and tail.
+
+    Attributes:
+        nonfinite: () int64, tokens that arrived with a NaN or an infinity.
+    """
+
+    def __init__(self, layer: Any, was: Any, prefix: str, layout: BlockLayout, tail: Tail) -> None:
+        self.num_heads, self.num_kv_heads, self.head_size = layer.num_heads, layer.num_kv_heads, layer.head_size
+        self.scale, self.softcap = float(was.scale), float(was.logits_soft_cap or 0) or None
+        self.window: int | None = layer.sliding_window
+        self.sinks: Tensor | None = was.sinks if layer.has_sink else None
+        self.kv_cache_dtype = layer.kv_cache_dtype
+        self.prefix, self.layout, self.tail = prefix, layout, tail
+        self.nonfinite = torch.zeros((), dtype=torch.int64)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: "Pages | None",
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of a step's tokens, and their way into the cache.
+
+        Args:
+            query: (T, Hq, d), key, value: (T, H, d), rotary embedding applied.
+            kv_cache: (B, H, k, row) uint8, see `pool`.
+            output: (T, Hq, d), written.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("turboquant attention gives no quantized outputs")
+        if attn_metadata is None:  # vLLM measures memory
+            return output.fill_(0)
+        self.step(self._calls(), attn_metadata, query, key, value, kv_cache, output)
+        return output
+
+    def step(
+        self,
+        calls: Sequence[Call],
+        metadata: "Pages",
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        output: Tensor,
+    ) -> None:
+        """`forward`, given the calls of the step."""
+        pages = pool(kv_cache)
+        page = self.layout.page(pages.shape[2])
+        args = (None, None, self.scale, self.window, self.softcap, self.sinks)
+        for i, call in enumerate(calls):
+            q, k, v = (x[call.tokens].transpose(1, 2) for x in (query, key, value))
+            if not call.chained:
+                buf = self.tail.gather(call, pages, metadata.of(i, call))
+            out = ops.cache_attention(buf, page, q, k, v, *args)
+            ops.cache_append(buf, page, q, k, v, None)
+            self.tail.scatter(call, buf, k, v)
+            self.nonfinite = self.nonfinite.to(buf.nonfinite.device) + buf.nonfinite.sum()
+            buf.nonfinite.zero_()
+            output[call.tokens] = out.transpose(1, 2).to(output.dtype)
+
+    def _calls(self) -> Any:
+        metadata = get_forward_context().attn_metadata
+        if isinstance(metadata, list):
+            metadata = metadata[0]
+        return metadata[self.prefix + TAIL]
+
+
+class Pages:
+    """Metadata of a layer's pages: vLLM's block table, -1 where it has none."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table.masked_fill(table == NULL, -1).to(torch.int32)
+        self._of: dict[int, Tensor] = {}
+
+    def of(self, number: int, call: Any) -> Tensor:
+        """(G, M) int32 of the rows of a step's call."""
+        if number not in self._of:
+            self._of[number] = self.table[call.rows, : call.columns].contiguous()
+        return self._of[number]
+
+
+class PagesBuilder(AttentionMetadataBuilder[Pages]):
+    """Metadata of the pages."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Pages:
+        page = self.kv_cache_spec.tokens_per_state
+        return Pages(expand(common_attn_metadata.block_table_tensor, self.kv_cache_spec.block_size // page))
+
+
+@lru_cache(maxsize=256)
+def backend(layout: BlockLayout) -> type[AttentionBackend]:
+    """The backend of layers of a layout. vLLM tells backends apart by name."""
+    name = f"TurboQuant[{layout.kv.name},{layout.head_dim},{layout.dtype}]"
+    return type(name, (TurboQuantBackend,), {"layout": layout})
+
+
+class TurboQuantBackend(AttentionBackend):
+    """What vLLM asks about our pages."""
+
+    layout: BlockLayout
+    accept_output_buffer = True
+    supported_dtypes = list(FLOATS)
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        return TurboQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        return PagesBuilder
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
+        return [MultipleOf(cls.layout.kv.page)]
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """vLLM's spec of the layer with our page as the block."""
+        page = cls.layout.kv.page
+        if spec.block_size == 1:  # vLLM asks what a token takes
+            return replace(spec, dtype=torch.uint8, state_content_bytes=cls.layout.row // page)
+        return replace(
+            spec, block_size=page, tokens_per_state=page, dtype=torch.uint8, state_content_bytes=cls.layout.row
+        )
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> Any:
+        return layouts()
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True

@@ -1,0 +1,73 @@
+"""`turboquant serve`: vLLM's OpenAI-compatible server, in this process' place. Imports no vLLM."""
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from turboquant.recipe import parse_recipe
+
+SERVER = "vllm.entrypoints.openai.api_server"
+DEFAULT = "kv4"
+
+
+class ServeError(RuntimeError):
+    """A model cannot be served; the message says what to do."""
+
+
+def stored_recipe(model: str) -> str | None:
+    """The recipe of a folder that `turboquant quantize` wrote, None for other models."""
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError):
+        return None
+    return str(config.get("recipe")) if config.get("quant_method") == "turboquant" else None
+
+
+def command(
+    model: str, recipe: str | None = None, host: str | None = None, port: int = 8000, extra: Sequence[str] = ()
+) -> list[str]:
+    """What starts the server.
+
+    Args:
+        model: hub name or folder.
+        recipe: None for the one that a quantized folder was written with, or DEFAULT.
+        extra: arguments of vLLM's own.
+
+    Raises:
+        ServeError: no vLLM; a model or arguments that cannot go with the recipe. RecipeError: an unknown recipe.
+    """
+    stored = stored_recipe(model)
+    if recipe is not None and stored is not None:
+        raise ServeError(f"{model} is stored as {stored!r} and served so: leave --recipe out, or name its original")
+    if model.endswith(".gguf"):
+        raise ServeError(f"{model}: vLLM serves folders and hub names; quantize it: turboquant quantize {model} OUT")
+    name = parse_recipe(recipe or stored or DEFAULT).name
+    for arg in extra:
+        if arg.split("=")[0] in ("--hf-overrides", "--quantization", "-q", "--model"):
+            raise ServeError(
+                f"{arg.split('=')[0]} is set from MODEL and --recipe; call `vllm serve` to set it yourself"
+            )
+    if importlib.util.find_spec("vllm") is None:
+        raise ServeError(
+            "vLLM is not installed: pip install 'turboquant[vllm]'. transformers' own server cannot take its place: of "
+            "all quantizations it passes only bitsandbytes' on to a model, and so never this cache"
+        )
+    out = [sys.executable, "-m", SERVER, "--model", model, "--port", str(port)]
+    out += ["--host", host] if host else []
+    if stored is None:
+        config = {"quantization_config": {"quant_method": "turboquant", "recipe": name}}
+        out += ["--hf-overrides", json.dumps(config)]
+    return [*out, *extra]
+
+
+def serve(
+    model: str, recipe: str | None = None, host: str | None = None, port: int = 8000, extra: Sequence[str] = ()
+) -> None:
+    """Become the server; arguments as of `command`. Does not return."""
+    args = command(model, recipe, host, port, extra)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(args[0], args)

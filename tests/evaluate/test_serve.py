@@ -1,0 +1,75 @@
+"""`turboquant serve` without vLLM: what it would start, and what it refuses."""
+
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from turboquant.cli import app
+from turboquant.integrations.vllm import serve
+
+RECIPE = '{"quantization_config": {"quant_method": "turboquant", "recipe": "%s"}}'
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """As if vLLM were installed; what would be started."""
+    started = []
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(serve.os, "execv", lambda path, args: started.append((path, args)))
+    return started
+
+
+def call(*args):
+    result = CliRunner().invoke(app, ["serve", *args])
+    return result.exit_code, result.stderr
+
+
+def stored(folder, **config):
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_starts_vllm_in_its_place(vllm):
+    assert call("a/model", "-r", "w4a8kv4", "--port", "81", "--", "--tensor-parallel-size", "2")[0] == 0
+    ((path, args),) = vllm
+    assert path == sys.executable
+    assert args[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "a/model"]
+    assert args[5:] == ["--port", "81", "--hf-overrides", RECIPE % "w4a8kv4", "--tensor-parallel-size", "2"]
+
+
+def test_the_default_recipe_is_kv4_or_what_is_stored(vllm, tmp_path):
+    call("a/model")
+    call(stored(tmp_path, quantization_config={"quant_method": "turboquant", "recipe": "w8a8"}), "--host", "::1")
+    assert RECIPE % "kv4" in vllm[0][1]
+    assert "--hf-overrides" not in vllm[1][1] and vllm[1][1][-2:] == ["--host", "::1"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["m", "--recipe", "kv9"], "unknown recipe 'kv9'"),
+        (["m.gguf"], "turboquant quantize m.gguf OUT"),
+        (["m", "--", "--hf-overrides={}"], "--hf-overrides is set from MODEL and --recipe"),
+        (["m", "--", "-q", "fp8"], "-q is set from MODEL and --recipe"),
+        (["m", "--port", "70000"], "port"),
+    ],
+)
+def test_refuses(args, says, vllm):
+    code, err = call(*args)
+    assert code == 2
+    assert says in err
+    assert not vllm
+
+
+def test_a_stored_recipe_is_not_overridden(vllm, tmp_path):
+    folder = stored(tmp_path, quantization_config={"quant_method": "turboquant", "recipe": "w8a8"})
+    code, err = call(folder, "-r", "w4a8")
+    assert code == 2 and "is stored as 'w8a8' and served so" in err
+
+
+def test_without_vllm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+    code, err = call("m")
+    assert code == 2 and "pip install 'turboquant[vllm]'" in err

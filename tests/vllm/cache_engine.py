@@ -1,0 +1,79 @@
+"""Runs vLLM engines one after the other in a process of their own: `python cache_engine.py jobs.json results.json`."""
+
+import gc
+import json
+import sys
+
+
+def run(job):
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
+
+    settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 64 << 20} | job["settings"]
+    if job["recipe"]:
+        config = {"quant_method": "turboquant", "recipe": job["recipe"]} | job.get("config", {})
+        settings |= {"quantization": "turboquant", "hf_overrides": {"quantization_config": config}}
+    llm = LLM(job["model"], enforce_eager=True, skip_tokenizer_init=True, disable_log_stats=False, **settings)
+    given = SamplingParams(
+        temperature=0, max_tokens=job["tokens"], detokenize=False, ignore_eos=True, prompt_logprobs=job.get("logprobs")
+    )
+    prompts = [{"prompt_token_ids": p} for p in job["prompts"]]
+    for _ in range(job.get("times", 1)):
+        out = llm.generate(prompts, given, use_tqdm=False)
+    cache = llm.llm_engine.vllm_config.cache_config
+    result = {
+        "tokens": [list(x.outputs[0].token_ids) for x in out],
+        "cached": [x.num_cached_tokens for x in out],
+        "preemptions": next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+        "blocks": cache.num_gpu_blocks,
+        "capacity": cache.kv_cache_size_tokens,
+    }
+    if job.get("logprobs"):
+        result["logprobs"] = [[{t: p.logprob for t, p in at.items()} for at in x.prompt_logprobs[1:]] for x in out]
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is not None:  # in this process
+        pool = core.scheduler.kv_cache_manager.block_pool
+        if job.get("hold"):
+            result["held"] = held(llm.llm_engine, pool, prompts[0], given)
+        result["leaked"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        result["groups"] = [
+            [type(g.kv_cache_spec).__name__, len(g.layer_names), g.kv_cache_spec.block_size]
+            for g in core.scheduler.kv_cache_config.kv_cache_groups
+        ]
+    del llm, core
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    # registered once a process; a second time vLLM would search every module again, and stumble over some of torch's
+    type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+    return result
+
+
+def held(engine, pool, prompt, params):
+    """Blocks that a request holds once its prompt is read."""
+    engine.add_request("held", prompt, params)
+    most = len(prompt["prompt_token_ids"]) + 3
+    [request] = engine.engine_core.engine_core.scheduler.requests.values()
+    while request.num_computed_tokens < most:
+        engine.step()
+    n = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    engine.abort_request(["held"])
+    return n
+
+
+def attempt(job):
+    """The result of a job, or what it raised where it says that it must."""
+    if not job.get("raises"):
+        return run(job)
+    try:
+        run(job)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {"error": None}
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as f:
+        jobs = json.load(f)
+    with open(sys.argv[2], "w") as f:
+        json.dump([attempt(job) for job in jobs], f)

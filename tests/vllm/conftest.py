@@ -1,0 +1,252 @@
+"""What tests of the vLLM plugin share. `make test-vllm` runs them in an environment of their own, with vLLM for CPUs.
+
+Each engine is a process of its own: vLLM pins threads and keeps what it has started.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]  # in the environment of `make test` they are not its
+
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+SMALL = {  # arguments of the engine in every test
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 128 << 20,
+    "max_model_len": 1024,
+    "disable_log_stats": False,
+}
+PREAMBLE = """\
+import gc, json, sys
+if __name__ == "__main__":
+    import torch
+    from vllm import LLM, SamplingParams, TokensPrompt
+    job = json.load(sys.stdin)
+    params = job["params"]
+    def logprobs(llm, ids):
+        "Of each token after the first, given those before it."
+        greedy = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        out = llm.generate([TokensPrompt(prompt_token_ids=ids)], greedy, use_tqdm=False)[0]
+        return [p[i].logprob for p, i in zip(out.prompt_logprobs[1:], ids[1:], strict=True)]
+    def greedy(llm, prompts, n):
+        "Greedy tokens after each prompt of token ids."
+        how = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+        return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, how, use_tqdm=False)]
+    def make(model, recipe=None, **llm):
+        "One more engine in this process; `close` it before the next."
+        options = job["small"] | {"model": model} | llm
+        if recipe is not None:
+            config = {"quant_method": "turboquant"} | (recipe if isinstance(recipe, dict) else {"recipe": recipe})
+            options["hf_overrides"] = {"quantization_config": config}
+        return LLM(**options)
+    def close(llm):
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    llm = make(**job["llm"]) if job["llm"] else None
+"""
+
+
+class EngineError(AssertionError):
+    """The engine's process failed; the message is what it wrote."""
+
+
+def _run(args, env, stdin=None, timeout=240):
+    p = subprocess.Popen(
+        args, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = p.communicate(stdin, timeout)
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"no result after {timeout} s") from None
+    finally:
+        _end(p.pid)
+        p.wait()
+    return p.returncode, out, err
+
+
+def _end(pid):
+    """End what is left of a process group that this file started."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
+    """engine(code, model, recipe=None, env={}, llm={}, **params) -> what `code` puts into `result`.
+
+    The code runs in a process of its own, with the engine `llm`, `params`, and the helpers of PREAMBLE. With
+    model=None it makes its engines itself: starting a process costs more than starting a small engine.
+    """
+    folder = tmp_path_factory.mktemp("engines")
+
+    def run(code, model, recipe=None, env=None, llm=None, timeout=240, **params):
+        script = folder / f"{len(list(folder.iterdir()))}.py"
+        body = textwrap.indent(textwrap.dedent(code), "    ")
+        script.write_text(PREAMBLE + body + '\n    print("RESULT" + json.dumps(result))\n')
+        options = None if model is None else {"model": str(model), "recipe": recipe} | (llm or {})
+        job = json.dumps({"llm": options, "small": SMALL, "params": params})
+        code, out, err = _run([sys.executable, str(script)], os.environ | ENV | (env or {}), job, timeout)
+        found = [line for line in out.splitlines() if line.startswith("RESULT")]
+        if code or not found:
+            raise EngineError(f"{out[-2000:]}\n{err[-12000:]}")
+        return json.loads(found[-1].removeprefix("RESULT"))
+
+    run.Error = EngineError
+    return run
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf):
+    """SmolLM2-135M-Instruct as a folder in bf16, made once an environment."""
+    folder = Path(sys.prefix) / "models" / "smollm2"
+    if not folder.exists():
+        part = folder.with_name(f"smollm2.{os.getpid()}")
+        code = f"""
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+file = dict(gguf_file={smollm2_gguf.name!r})
+how = dict(quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+AutoModelForCausalLM.from_pretrained({str(smollm2_gguf.parent)!r}, **file, **how).save_pretrained({str(part)!r})
+AutoTokenizer.from_pretrained({str(smollm2_gguf.parent)!r}, **file).save_pretrained({str(part)!r})
+"""
+        status, _, err = _run([sys.executable, "-c", code], os.environ | ENV)
+        assert status == 0, err
+        os.replace(part, folder)
+    return folder
+
+
+def _tiny(folder, name, **config):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 1024, "initializer_range": 0.1, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
+    }  # fmt: skip
+    made = getattr(transformers, f"{name}Config")(**(shape | config))
+    getattr(transformers, f"{name}ForCausalLM")(made).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A random Llama of 4 heads over 2, two layers, with biases; no tokenizer (skip_tokenizer_init)."""
+    folder = tmp_path_factory.mktemp("llama")
+    return _tiny(folder, "Llama", intermediate_size=256, head_dim=32, attention_bias=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory):
+    """A random OLMoE of 8 experts, 2 a token."""
+    return _tiny(tmp_path_factory.mktemp("olmoe"), "Olmoe", intermediate_size=64, num_experts=8, num_experts_per_tok=2)
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    """packed(model, recipe, **options) -> a folder as `turboquant quantize` writes it, in float32."""
+    made = {}
+
+    def make(model, recipe, **options):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from turboquant import TurboQuantConfig
+
+        key = (str(model), recipe, str(options))
+        if key not in made:
+            made[key] = folder = tmp_path_factory.mktemp("packed")
+            config = TurboQuantConfig(recipe, **options)
+            net = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype=torch.float32)
+            net.save_pretrained(folder)
+            if (Path(model) / "tokenizer.json").exists():
+                AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def transformers_logprobs():
+    """transformers_logprobs(model, recipe, ids): of each token after the first, float32; recipe None for the model."""
+
+    def run(model, recipe, ids, **options):
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from turboquant import TurboQuantConfig
+
+        how = {} if recipe is None else {"quantization_config": TurboQuantConfig(recipe, **options)}
+        net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **how).eval()
+        x = torch.tensor([ids])
+        with torch.no_grad():
+            return net(x).logits[0, :-1].float().log_softmax(-1).gather(1, x[0, 1:, None])[:, 0].tolist()
+
+    return run
+
+
+def _get(url, timeout=10):
+    with urllib.request.urlopen(url, timeout=timeout) as answer:
+        return answer.read().decode()
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory):
+    """with serve(*args) as (url, get): `turboquant serve ARGS`, healthy; get(path) -> text."""
+
+    @contextmanager
+    def start(*args, env=None, patience=200):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        log = tmp_path_factory.mktemp("server") / "log"
+        first, more = (args[: args.index("--")], args[args.index("--") :]) if "--" in args else (args, ())
+        command = [sys.executable, "-m", "turboquant.cli", "serve", *first, "--port", str(port), "--host", "127.0.0.1"]
+        base = os.environ | ENV | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | (env or {})
+        with log.open("w") as file:
+            p = subprocess.Popen(
+                [*command, *more], env=base, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+            )
+        try:
+            url, end = f"http://127.0.0.1:{port}", time.monotonic() + patience
+            while True:
+                if p.poll() is not None or time.monotonic() > end:
+                    raise EngineError(f"the server did not start:\n{log.read_text()[-12000:]}")
+                try:
+                    _get(f"{url}/health")
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield url, lambda path: _get(url + path)
+        finally:
+            p.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                p.wait(20)
+            _end(p.pid)
+            p.wait()
+
+    start.Error = EngineError
+    return start

@@ -1,0 +1,128 @@
+"""`turboquant serve`: an OpenAI client, cancelled and malformed requests, metrics."""
+
+import asyncio
+import json
+import random
+import urllib.error
+import urllib.request
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def server(serve, smollm2):
+    """(url, get) of a server of SmolLM2 with quantized layers and cache."""
+    args = ("--max-model-len", "2048", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16")
+    memory = ("--kv-cache-memory-bytes", str(256 << 20), "--served-model-name", "smollm2")
+    with serve(str(smollm2), "--recipe", "w8a8kv4", "--", *args, *memory) as found:
+        yield found
+
+
+def value(get, name):
+    """Of a metric, over all its labels."""
+    lines = [x for x in get("/metrics").splitlines() if x.startswith((name + "{", name + " "))]
+    assert lines, name
+    return sum(float(x.split()[-1]) for x in lines)
+
+
+def test_a_chat_streams_through_the_openai_client(server):
+    from openai import OpenAI
+
+    url, _ = server
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    ask = {"model": "smollm2", "max_tokens": 24, "temperature": 0, "seed": 0}
+    ask["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
+    whole = client.chat.completions.create(**ask).choices[0].message.content
+    pieces = [p.choices[0] for p in client.chat.completions.create(**ask, stream=True) if p.choices]
+    assert "".join(p.delta.content or "" for p in pieces) == whole
+    assert len(whole.split()) > 3
+    assert sum(bool(p.delta.content) for p in pieces) > 3
+    assert pieces[-1].finish_reason in ("stop", "length")
+
+
+def test_metrics_say_what_runs(server, smollm2):
+    _, get = server
+    assert value(get, "turboquant:weight_bits") == pytest.approx(8 + 24 / 73.14, rel=0.01)
+    text = get("/metrics")
+    kernels = [x for x in text.splitlines() if x.startswith("turboquant:kernel_info{")]
+    assert any('op="linear"' in x for x in kernels)
+    assert any('op="cache_attention"' in x for x in kernels)
+    bits = [float(x.split()[-1]) for x in text.splitlines() if x.startswith("turboquant:cache_bits{")]
+    assert bits and all(4 < b < 6 for b in bits)
+    assert value(get, "turboquant:cache_bytes_per_token") < 30 * 3 * 2 * 64 * 2 / 3  # a third of 16 bit
+    assert value(get, "turboquant:nonfinite_tokens_total") == 0
+
+
+def test_cancelled_requests_leave_no_block_behind(server):
+    """64 at once, about half of them cancelled at a random time, before, in or after their prompt."""
+    from openai import AsyncOpenAI
+
+    url, get = server
+    rng, done = random.Random(0), []
+
+    async def one(client, i):
+        words = "the quick brown fox jumps over the lazy dog and runs away " * rng.randint(1, 40)
+        stream = await client.completions.create(
+            model="smollm2", prompt=f"{i} {words}", max_tokens=rng.randint(4, 48), temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        async for _ in stream:
+            pass
+        done.append(i)
+
+    async def many():
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=200, max_retries=0) as client:
+            tasks = [asyncio.create_task(one(client, i)) for i in range(64)]
+            for task in rng.sample(tasks, 32):
+                asyncio.get_running_loop().call_later(rng.uniform(0.0, 15.0), task.cancel)
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            return [x for x in found if isinstance(x, BaseException)]
+
+    errors = asyncio.run(many())
+    assert all(isinstance(e, asyncio.CancelledError) for e in errors), errors
+    assert len(errors) >= 8 and len(done) >= 32
+    for _ in range(60):  # the engine hears of a cancellation a step later
+        waiting = value(get, "vllm:num_requests_running") + value(get, "vllm:num_requests_waiting")
+        if not waiting:
+            break
+        asyncio.run(asyncio.sleep(0.5))
+    assert waiting == 0
+    assert value(get, "vllm:kv_cache_usage_perc") == 0
+    assert get("/health") == ""
+    test_a_chat_streams_through_the_openai_client(server)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (b"{", 400, "JSON"),
+        ({"model": "smollm2", "messages": [], "max_tokens": 1}, 400, "at least one message"),
+        ({"model": "smollm2", "messages": [{"role": "user", "content": "a"}], "max_tokens": -1}, 400, "max_tokens"),
+        ({"model": "other", "messages": [{"role": "user", "content": "a"}]}, 404, "other"),
+        ({"model": "smollm2", "messages": [{"role": "user", "content": "word " * 3000}]}, 400, "2048"),
+        (
+            {"model": "smollm2", "messages": [{"role": "user", "content": "a"}], "temperature": "hot"},
+            400,
+            "temperature",
+        ),
+    ],
+)
+def test_a_malformed_request_is_answered(server, body, status, says):
+    url, get = server
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{url}/v1/chat/completions", data, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=60)
+    assert error.value.code == status
+    assert says in error.value.read().decode()
+    assert get("/health") == ""
+
+
+def test_a_corrupt_checkpoint_stops_the_server(serve, packed, tiny_llama, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(packed(tiny_llama, "w8a8"), tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(serve.Error, match="truncated or no safetensors file"), serve(str(folder)):
+        pass
