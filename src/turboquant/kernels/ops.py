@@ -29,9 +29,8 @@ LINEAR_OPS = ("rotate", "quantize", "norm_quantize", "gate_quantize", "linear")
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
 INTERPRETED = {"triton": "cpu"}  # device type on which a backend is an interpreter, which "auto" does not choose
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
-_compiled_forced = (
-    "auto"  # the same, where the compiler looks: it guards what it read of a module, and traces no ContextVar
-)
+# The same where the compiler looks: it guards what it read of a module, and traces no ContextVar.
+_compiled_forced = "auto"
 
 
 class BackendError(RuntimeError):
