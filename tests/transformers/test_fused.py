@@ -156,7 +156,8 @@ def test_what_is_not_known_stays(tiny):
     rows = {r["name"]: r for r in explain_fused(model, torch.bfloat16, "cpu")}
     assert len(rows) == 9 and all(r["kernel"] == "none" for r in rows.values()), "a CPU's reference"
     assert "hooks" in rows["model.layers.0.post_attention_layernorm"]["why"]
-    assert "reference" in rows["model.layers.2.mlp"]["why"]
+    why = rows["model.layers.2.mlp"]["why"]
+    assert "reference" in why or "the model's own operations" in why, "without or with the native module"
 
 
 @pytest.mark.parametrize("recipe", ["w4", "w4a4", "a4"])

@@ -85,11 +85,17 @@ class Shared:
         """make(), or what it gave last time if x is that very tensor, unchanged, and key is equal."""
         if torch.compiler.is_compiling() or x.is_inference():
             return make()
-        if self._of is not None and self._of() is x and self._key == (x._version, key):
-            return self._rows
-        rows = make()
-        self.put(x, key, rows)
+        rows = self.made(x, key)
+        if rows is None:
+            rows = make()
+            self.put(x, key, rows)
         return rows
+
+    def made(self, x: Tensor, key: Any) -> Any:
+        """What was put for x, if x is that very tensor, unchanged, and key is equal; else None."""
+        if torch.compiler.is_compiling() or x.is_inference() or self._of is None or self._of() is not x:
+            return None
+        return self._rows if self._key == (x._version, key) else None
 
     def put(self, x: Tensor, key: Any, rows: Any) -> None:
         """Let `take` find rows for x; not for tensors of inference mode, whose changes are not counted."""

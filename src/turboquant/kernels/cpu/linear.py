@@ -15,7 +15,7 @@ from torch import Tensor
 
 from turboquant.kernels import linear as reference
 from turboquant.kernels.cpu import cache, product
-from turboquant.kernels.linear import Hot, LinearSpec, LinearState
+from turboquant.kernels.linear import Coded, Hot, LinearSpec, LinearState
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.maths.rotation import hadamard_block
 from turboquant.packed.tensor import PackedTensor
@@ -88,23 +88,26 @@ def _prepare(weight: PackedTensor) -> tuple[Tensor, str]:
 
 
 def linear(
-    x: Tensor, weight: PackedTensor, bias: Tensor | None, recipe: ActivationRecipe | None, state: LinearState
+    x: Tensor | Coded,
+    weight: PackedTensor,
+    bias: Tensor | None,
+    recipe: ActivationRecipe | None,
+    state: LinearState,
 ) -> Tensor:
     """Contract in `kernels.linear.linear`; the weight must be packed."""
     if recipe is None:
+        assert isinstance(x, Tensor)
         return _float_rows(x, weight, bias, state)
     packed = state.prepared.get("cpu")
     if packed is None or packed.key != product.key_of(weight):
         packed = state.prepared["cpu"] = product.Packed(weight)
     k = x.shape[-1]
-    if recipe.bits == 8:
-        if x.numel() <= product.AT_ONCE * k and product.fits(x, packed):
+    if isinstance(x, Tensor) and recipe.bits == 8 and x.numel() <= product.AT_ONCE * k and product.fits(x, packed):
+        if state.shared is None or state.shared.made(x, recipe) is None:
             return product.multiply_float(packed, x.reshape(-1, k), bias).view(*x.shape[:-1], packed.outputs)
-        make = lambda: quantize(x, recipe)  # noqa: E731
-        rows: Any = state.shared.take(x, recipe, make) if state.shared else make()
-        return product.multiply(packed, rows, bias, x.dtype)
-    q = quantize(x, recipe, state.hot)
-    assert isinstance(q, Int4Rows)
+    q = reference.rows_of(x, recipe, state, quantize)
+    if isinstance(q, Int8Rows):
+        return product.multiply(packed, q, bias, x.dtype)
     y = product.multiply(packed, Int8Rows(q.int8(), q.unit), None, torch.float32)
     if state.hot is not None and state.hot.weight is not None:
         y += (q.hot.float() * q.hot_unit) @ state.hot.weight.T
