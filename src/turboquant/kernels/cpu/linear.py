@@ -102,9 +102,15 @@ def linear(
     if packed is None or packed.key != product.key_of(weight):
         packed = state.prepared["cpu"] = product.Packed(weight)
     k = x.shape[-1]
-    if isinstance(x, Tensor) and recipe.bits == 8 and x.numel() <= product.AT_ONCE * k and product.fits(x, packed):
-        if state.shared is None or state.shared.made(x, recipe) is None:
-            return product.multiply_float(packed, x.reshape(-1, k), bias).view(*x.shape[:-1], packed.outputs)
+    new = isinstance(x, Tensor) and (state.shared is None or state.shared.made(x, recipe) is None)
+    if (
+        new
+        and isinstance(x, Tensor)
+        and recipe.bits == 8
+        and x.numel() <= product.AT_ONCE * k
+        and product.fits(x, packed)
+    ):
+        return product.multiply_float(packed, x.reshape(-1, k), bias).view(*x.shape[:-1], packed.outputs)
     q = reference.rows_of(x, recipe, state, quantize)
     if isinstance(q, Int8Rows):
         return product.multiply(packed, q, bias, x.dtype)
