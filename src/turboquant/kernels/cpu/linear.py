@@ -102,14 +102,7 @@ def linear(
     if packed is None or packed.key != product.key_of(weight):
         packed = state.prepared["cpu"] = product.Packed(weight)
     k = x.shape[-1]
-    new = isinstance(x, Tensor) and (state.shared is None or state.shared.made(x, recipe) is None)
-    if (
-        new
-        and isinstance(x, Tensor)
-        and recipe.bits == 8
-        and x.numel() <= product.AT_ONCE * k
-        and product.fits(x, packed)
-    ):
+    if isinstance(x, Tensor) and recipe.bits == 8 and _at_once(x, packed, recipe, state):
         return product.multiply_float(packed, x.reshape(-1, k), bias).view(*x.shape[:-1], packed.outputs)
     q = reference.rows_of(x, recipe, state, quantize)
     if isinstance(q, Int8Rows):
@@ -118,6 +111,12 @@ def linear(
     if state.hot is not None and state.hot.weight is not None:
         y += (q.hot.float() * q.hot_unit) @ state.hot.weight.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _at_once(x: Tensor, packed: product.Packed, recipe: ActivationRecipe, state: LinearState) -> bool:
+    """Whether rounding x within the product costs less than sharing its rows: few rows, that nobody has made yet."""
+    few = x.numel() <= product.AT_ONCE * x.shape[-1] and product.fits(x, packed)
+    return few and (state.shared is None or state.shared.made(x, recipe) is None)
 
 
 def _float_rows(x: Tensor, weight: PackedTensor, bias: Tensor | None, state: LinearState) -> Tensor:
