@@ -148,6 +148,10 @@ def test_nothing_of_the_weight_is_copied_and_new_weights_are_seen():
         assert not [v for v in vars(packed).values() if isinstance(v, torch.Tensor)]
         layer.weight = layer.weight.flip(1).clone()  # another tensor under the same name, without a word to the slot
         assert not torch.equal(layer(x), first)
+        for name in ("weight_scale", "weight_zero"):
+            before = layer(x)
+            setattr(layer, name, getattr(layer, name).flip(0).clone() + (name == "weight_zero"))
+            assert not torch.equal(layer(x), before), name
         twin = copy.deepcopy(layer)
         layer.weight.zero_()
         assert not torch.equal(twin(x), layer(x))

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import textwrap
+import threading
 from dataclasses import replace
 
 import pytest
@@ -70,7 +71,7 @@ def test_an_input_that_several_layers_read_is_quantized_once():
     assert len(calls) == 3 and shared.take(x, A8, make) and len(calls) == 4, "changed in place"
     assert shared.take(x, A4, make) and len(calls) == 5, "another recipe"
     del x
-    assert shared._rows is None, "nothing is kept of a tensor that is gone"
+    assert shared._last is None, "nothing is kept of a tensor that is gone"
 
 
 def test_sharing_changes_no_output():
@@ -204,3 +205,47 @@ def test_the_native_rows_are_used_where_they_are_built(monkeypatch):
     assert len(seen) == 1
     monkeypatch.setattr(module, "_quantize_rows", lambda: None)
     assert "no quantize_rows" in module.supports("quantize", SPEC, torch.device("cpu"))
+
+
+def test_threads_share_a_model_and_not_their_rows():
+    """Two threads, each with inputs of its own, through layers that share rows: everybody gets the rows of his own."""
+    shared, recipe = Shared(), ActivationRecipe(8)
+    xs = [torch.full((20, 16), float(i + 1)) for i in range(2)]
+    wrong, before = [0, 0], sys.getswitchinterval()
+
+    def run(i):
+        for _ in range(4000):
+            x = xs[i].clone()
+            for _ in range(3):
+                wrong[i] += shared.take(x, recipe, lambda: i) != i
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+        [t.start() for t in threads], [t.join() for t in threads]
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == [0, 0]
+
+
+def test_backends_asked_for_in_two_threads_are_gone_with_them():
+    inside, go = threading.Event(), threading.Event()
+
+    def hold():
+        with ops.use_backend("cpu"):
+            inside.set()
+            go.wait(10)
+
+    thread = threading.Thread(target=hold)
+    with ops.use_backend("reference"):
+        thread.start()
+        assert inside.wait(10)
+        with ops.use_backend("cpu"), ops.use_backend("reference"):
+            pass
+    go.set()
+    thread.join()
+    assert ops._compiled_forced == "auto"
+    with ops.use_backend("cpu"):
+        with ops.use_backend("reference"), ops.use_backend("cpu"):
+            pass
+        assert ops._compiled_forced == "cpu"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from turboquant.integrations.transformers import TurboQuantCache
+from turboquant.integrations.transformers import TurboQuantCache, attach
+from turboquant.integrations.transformers.attention import _assert_causal
 
 SMALL = "page=16,ring=24,sinks=2,rewind=16"
 
@@ -43,3 +44,25 @@ def test_padding_in_a_compiled_step_fails(tiny, prompt):
     decode(model, model, inputs, f"kv4:{SMALL}", 2, True, last=0)
     with pytest.raises(RuntimeError, match="takes no padding"):
         decode(model, compiled, inputs, f"kv4:{SMALL}", 2, True, last=0)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_only_causal_masks_pass_where_none_can_be_read(window):
+    """A mask without the layer's window is another mask, in a chunk longer than it."""
+    t = torch.arange(20)
+    back = t[:, None] - t
+    causal, local = back >= 0, (back >= 0) & (back < 8)
+    right, wrong = (causal, local) if window is None else (local, causal)
+    _assert_causal(right[None, None], window)
+    with pytest.raises(RuntimeError, match="no mask but causal"):
+        _assert_causal(wrong[None, None], window)
+
+
+def test_a_local_layer_without_a_cache_keeps_its_window(tiny, prompt):
+    """Our mask function may leave out a mask that only says causal: not one of a window shorter than the prompt."""
+    model, ids = tiny("mistral"), prompt((40, 40))["input_ids"]
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+        attach(model, "kv4")
+        got = model(ids, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

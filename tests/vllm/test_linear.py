@@ -104,7 +104,11 @@ def test_w8a8_on_a_real_model_errs_as_in_transformers(engine, smollm2, transform
     ids = AutoTokenizer.from_pretrained(smollm2)(prose[:4000])["input_ids"][:400]
     got = engine("result = logprobs(llm, params['ids'])", smollm2, "w8a8", ids=ids)
     same, plain = (transformers_logprobs(smollm2, r, ids) for r in ("w8a8", None))
-    assert 0 < rms(got, plain) <= 2 * rms(same, plain), (rms(got, plain), rms(same, plain), rms(got, same))
+    assert rms(same, plain) / 3 < rms(got, plain) <= 2 * rms(same, plain), (
+        rms(got, plain),
+        rms(same, plain),
+        rms(got, same),
+    )
 
 
 def test_w8a8_gives_the_logprobs_of_transformers(cases, tiny_llama, transformers_logprobs):

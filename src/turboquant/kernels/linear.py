@@ -77,9 +77,7 @@ class Shared:
     """Remembers the last quantized input, so that layers that read the same tensor (q, k, v) quantize it once."""
 
     def __init__(self) -> None:
-        self._key: Any = None
-        self._rows: Any = None
-        self._of: weakref.ref[Tensor] | None = None
+        self._last: tuple[Any, ...] | None = None  # of what, its version, key, rows: one value, for threads share it
 
     def take(self, x: Tensor, key: Any, make: Callable[[], Any]) -> Any:
         """make(), or what it gave last time if x is that very tensor, unchanged, and key is equal."""
@@ -93,17 +91,20 @@ class Shared:
 
     def made(self, x: Tensor, key: Any) -> Any:
         """What was put for x, if x is that very tensor, unchanged, and key is equal; else None."""
-        if torch.compiler.is_compiling() or x.is_inference() or self._of is None or self._of() is not x:
+        last = self._last
+        if last is None or torch.compiler.is_compiling() or x.is_inference():
             return None
-        return self._rows if self._key == (x._version, key) else None
+        of, version, old, rows = last
+        return rows if of() is x and version == x._version and old == key else None
 
     def put(self, x: Tensor, key: Any, rows: Any) -> None:
         """Let `take` find rows for x; not for tensors of inference mode, whose changes are not counted."""
-        self._rows, self._key, self._of = rows, (x._version, key), weakref.ref(x, self._forget)
+        self._last = weakref.ref(x, self._forget), x._version, key, rows
 
     def _forget(self, ref: Any) -> None:
-        if ref is self._of:
-            self._rows = self._key = self._of = None
+        last = self._last
+        if last is not None and last[0] is ref:
+            self._last = None
 
 
 @dataclass

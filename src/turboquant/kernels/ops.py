@@ -7,12 +7,13 @@ says why not for chunks that it does not take. What was asked for runs, or an er
 backend that can runs, and `explain()` names it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import torch
@@ -29,8 +30,11 @@ LINEAR_OPS = ("rotate", "quantize", "norm_quantize", "gate_quantize", "linear")
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
 INTERPRETED = {"triton": "cpu"}  # device type on which a backend is an interpreter, which "auto" does not choose
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
-# The same where the compiler looks: it guards what it read of a module, and traces no ContextVar.
+# The same where the compiler looks: it guards what it read of a module, and traces no ContextVar. The innermost of the
+# contexts that are open in any thread.
 _compiled_forced = "auto"
+_open: list[str] = []
+_lock = Lock()
 
 
 class BackendError(RuntimeError):
@@ -105,14 +109,20 @@ def use_backend(name: str) -> Iterator[None]:
     known = ("auto", *BACKENDS)
     if name not in known:
         raise BackendError(f"backend {name!r} is not known: choose one of {known}")
-    global _compiled_forced
-    token, before = _forced.set(name), _compiled_forced
-    _compiled_forced = name
+    token = _forced.set(name)
+    _compiler_sees(lambda: _open.append(name))
     try:
         yield
     finally:
         _forced.reset(token)
-        _compiled_forced = before
+        _compiler_sees(lambda: _open.pop(len(_open) - 1 - _open[::-1].index(name)))
+
+
+def _compiler_sees(change: Callable[[], object]) -> None:
+    global _compiled_forced
+    with _lock:
+        change()
+        _compiled_forced = _open[-1] if _open else "auto"
 
 
 def explain(
@@ -276,15 +286,17 @@ def linear(
     if torch.compiler.is_compiling():
         if state.run is None:
             raise BackendError("call a quantized model once before it is compiled: that chooses its kernels")
+        run = state.run
         if _compiled_forced not in ("auto", state.backend):
             raise BackendError(
                 f"backend {_compiled_forced!r} was asked for, and the model to compile runs on {state.backend!r}: call "
                 "it once within use_backend before it is compiled"
             )
     else:
-        state.backend = _chosen("linear", spec, x.device, _forced.get())
-        state.run = import_module(f"turboquant.kernels.{state.backend}").linear
-    return state.run(x, weight, bias, recipe, state)
+        backend = _chosen("linear", spec, x.device, _forced.get())
+        run = import_module(f"turboquant.kernels.{backend}").linear
+        state.backend, state.run = backend, run
+    return run(x, weight, bias, recipe, state)
 
 
 def fused(op: str, spec: LinearSpec, device: torch.device) -> Any:

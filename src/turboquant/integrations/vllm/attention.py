@@ -4,6 +4,7 @@ The backend is set layer by layer, so every layer may have a recipe of its own, 
 chose. What cannot be served is refused here, when the model is built.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -47,12 +48,20 @@ def install(layer: Any, prefix: str, kv: KVRecipe) -> None:
     if why is not None:
         raise VllmError(f"{prefix}: a {kv.name!r} cache cannot be served: {why}")
     layout = BlockLayout(kv, layer.head_size, layer.kv_cache_torch_dtype)
+    padding = layout.row / PageLayout(kv, layer.head_size).page_bytes - 1
+    if padding > 0.1:
+        warnings.warn(
+            f"pages of {kv.name!r} at head_dim {layer.head_size} are padded by {padding:.0%}, to hold {layout.tokens} "
+            f"tokens of the tail in {layer.kv_cache_torch_dtype}: a larger page loses less",
+            stacklevel=2,
+        )
     tail = Tail(layout, layer.num_kv_heads, check)
     config.compilation_config.static_forward_context[prefix + TAIL] = tail
     layer.impl = TurboQuantImpl(layer, layer.impl, prefix, layout, tail)
     layer.attn_backend = backend(layout)
     layer.backend = AttentionBackendEnum.CUSTOM
     _installed.add(layer.impl)
+    metrics.identify(config.parallel_config)
     metrics.source(rows)
 
 
@@ -95,8 +104,9 @@ def rows() -> list[metrics.Row]:
     ]
     for op in ops.OPS:
         kernels = {
-            ops.choose(op, p, i.tail.kv_cache.device, ops.Chunk(i.layout.dtype))[0]
+            ops.choose(op, p, i.tail.kv_cache.device, ops.Chunk(i.layout.dtype, tokens=n, rows=n))[0]
             for i, p in zip(impls, pages, strict=True)
+            for n in (1, p.kv.page)  # a step, a piece of a prompt
         }
         out += [("kernel_info", {"op": op, "kernel": k}, 1.0) for k in sorted(kernels)]
     return out
@@ -139,6 +149,9 @@ def _refused_by_config(config: Any) -> str | None:
         return "context parallelism splits pages between ranks"
     if config.kv_transfer_config is not None:
         return "KV connectors do not carry the tail"
+    draft = getattr(config.speculative_config, "method", None)
+    if draft not in (None, "ngram", "draft_model"):
+        return f"drafts by {draft!r} are not tested with it; n-gram drafts are"
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         return "the tail is a KV cache group of its own: --disable-hybrid-kv-cache-manager must not be given"
     return None

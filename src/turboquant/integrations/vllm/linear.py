@@ -237,7 +237,8 @@ def rows() -> list[metrics.Row]:
     if any(s.tracked for _, s in found):
         out.append(("drift_alarms", {"of": "activations"}, sum({id(m): m.changes for m, _ in found}.values())))
     for m, s in found:
-        device = getattr(s.module, s.name).device
+        scale = getattr(s.module, f"{s.name}_scale", None)  # codes may wait on the host
+        device = (getattr(s.module, s.name) if scale is None else scale).device
         kernel = ops.explain_linear(s.spec(m.dtype), device)[-1]["kernel"]
         out.append(("kernel_info", {"op": "linear", "kernel": kernel}, 1.0))
     return list({(name, *labels.items()): (name, labels, value) for name, labels, value in out}.values())

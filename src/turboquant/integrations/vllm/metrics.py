@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ def publish(x: torch.Tensor | None = None, now: bool = False) -> None:
     if x is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     _next = time.monotonic() + EVERY
+    try:
+        _report()
+    except Exception as e:  # numbers are not worth a request
+        _next = float("inf")
+        warnings.warn(f"turboquant's metrics of process {os.getpid()} end here: {e!r}", stacklevel=2)
+
+
+def _report() -> None:
     rows = [(name, _labels | labels, float(value)) for make in _sources for name, labels, value in make()]
     if SHARED in os.environ:
         _share(rows)

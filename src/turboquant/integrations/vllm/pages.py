@@ -99,7 +99,7 @@ class TurboQuantImpl(AttentionImpl):
     def _calls(self) -> Any:
         metadata = get_forward_context().attn_metadata
         if isinstance(metadata, list):
-            metadata = metadata[0]
+            raise NotImplementedError("turboquant attention takes a step whole, not in microbatches")
         return metadata[self.prefix + TAIL]
 
 

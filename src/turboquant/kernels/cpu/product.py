@@ -60,8 +60,8 @@ def multiply_float(packed: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
     """(M, K) rows of a float dtype, rotated and rounded as by `rows.quantize_rows` -> (M, N) in their dtype."""
     m, k = x.shape
     out = x.new_empty(m, packed.outputs)
-    kind, (where, bias_kind) = cache.DTYPES[x.dtype], _bias(bias)
-    at = (x.data_ptr(), 0, _signs(k).data_ptr(), where, out.data_ptr())
+    kind, (where, bias_kind), signs = cache.DTYPES[x.dtype], _bias(bias), _signs(k)  # signs live through the call
+    at = (x.data_ptr(), 0, signs.data_ptr(), where, out.data_ptr())
     sizes = (m, x.stride(0), packed.block, kind, bias_kind, kind)
     cache._native.linear(packed.native, cache.isa(), torch.get_num_threads(), at, sizes, packed.block**-0.5)
     return out
