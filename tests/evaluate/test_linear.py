@@ -21,6 +21,7 @@ from turboquant.evaluate.linear import (
     own_words,
     random_moments,
 )
+from turboquant.evaluate.models import load
 from turboquant.evaluate.quantizing import quantize
 from turboquant.evaluate.speed import bench
 from turboquant.layers.linear import QuantLinear
@@ -92,6 +93,31 @@ def test_error_feedback_is_marked_in_the_rows(tiny_llama, tiny_tokenizer, prose)
     assert x.diagonal().mean() == pytest.approx(1, abs=0.05), "behind a norm"
     (row,) = fidelity(tiny_llama, tiny_tokenizer, ["w4"], prose, 256, 512, moments=moments)
     assert row["recipe"] == "w4+feedback" and row["kl"] > 0
+
+
+def test_what_is_stored_quantized_is_not_quantized_again(tiny_folder, tiny_tokenizer, tmp_path, prose):
+    folder = tmp_path / "packed"
+    quantize(str(tiny_folder), folder, "w4a8kv4", overrides={"down_proj": "w8a8"}, dtype="float32")
+    with pytest.raises(EvaluateError, match="quantized already"):
+        quantize(str(folder), tmp_path / "again", "w8a8")
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(EvaluateError, match="packs no weight"):
+        quantize(str(tiny_folder), tmp_path / "none", "w4", overrides={".": "none"}, dtype="float32")
+    assert not (tmp_path / "none").exists()
+    model, _ = load(folder, "float32")
+    for recipe in ("w8a8", "nf4"):
+        with pytest.raises(EvaluateError, match="stored as 'w4a8kv4'"):
+            fidelity(model, tiny_tokenizer, [recipe], prose, 256, 512)
+    same = fidelity(model, tiny_tokenizer, ["w4a8", "kv4"], prose, 256, 512)
+    assert same[0]["kl"] == 0 and same[1]["kl"] > 0
+
+
+def test_an_override_may_have_options(tiny_folder, tmp_path):
+    args = ["quantize", str(tiny_folder), str(tmp_path / "out"), "--recipe", "w4a8", "-q", "--dtype", "float32"]
+    done = CliRunner().invoke(app, [*args, "--override", "down_proj=w4a8:group=32", "--json", "-"])
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["overrides"] == {"down_proj": "w4a8:group=32"}
 
 
 def test_unknown_recipe_lists_the_baselines(tiny_llama, tiny_tokenizer, prose):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from turboquant import TurboQuantCache, TurboQuantConfig
 from turboquant.layers.linear import QuantExperts, QuantLinear
@@ -194,6 +194,21 @@ def test_dequantize(saved, ids):
     q = q.dequantize()
     assert not any(isinstance(m, QuantLinear) for m in q.modules()) and relative(near, logits(q, ids)) < 0.2
     assert not hasattr(q.config, "quantization_config")
+
+
+def test_dequantize_after_saving_takes_the_cache_away_too(saved, ids, tmp_path):
+    _, folder = saved("llama-gqa")
+    q = load(folder, "w8a8kv4")
+    assert isinstance(q(ids).past_key_values, TurboQuantCache)
+    q.save_pretrained(tmp_path)
+    q = q.dequantize()
+    assert not any(isinstance(m, QuantLinear) for m in q.modules())
+    assert type(q(ids).past_key_values) is DynamicCache
+
+
+def test_names_that_are_no_list_are_refused():
+    with pytest.raises(RecipeError, match="must be a list"):
+        TurboQuantConfig("w4", modules_to_not_convert="lm_head")
 
 
 def edit(folder, change):

@@ -58,7 +58,9 @@ OneText = Annotated[Path | None, typer.Option("--text", "-t", help="UTF-8 file. 
 Json = Annotated[str | None, typer.Option("--json", metavar="OUT", help="Write the rows as JSON; - for stdout.")]
 Html = Annotated[Path | None, typer.Option("--html", metavar="OUT", help="Write a page with tables and plots.")]
 Png = Annotated[Path | None, typer.Option("--png", metavar="OUT", help="Write the plot of one layer's key ranges.")]
-Feedback = Annotated[Path | None, typer.Option("--feedback", help="For second moments: a text, self, random.")]
+Feedback = Annotated[
+    Path | None, typer.Option("--feedback", help="Error feedback (w4; minutes): a text, self, random.")
+]
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="Modules that stay as they are.")]
 Override = Annotated[list[str] | None, typer.Option("--override", help="PATTERN=RECIPE, for some modules.")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on a CPU, bfloat16 on a GPU), float32, bfloat16, float16.")]

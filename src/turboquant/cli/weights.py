@@ -51,9 +51,9 @@ def quantize(
 
     check_output(json)
     for item in override or []:
-        if not item.rpartition("=")[0]:
+        if not item.partition("=")[0] or "=" not in item:
             raise EvaluateError(f"--override {item!r} is not allowed: give PATTERN=RECIPE, e.g. 'down_proj=w8a8'")
-    overrides = dict(item.rpartition("=")[::2] for item in override or [])
+    overrides = dict(item.partition("=")[::2] for item in override or [])
     with progress(quiet) as show:
         rows, summary = quantizing.quantize(model, out, recipe, keep or [], overrides, feedback, dtype, device, show)
     console = open_console(json)

@@ -25,7 +25,8 @@ OPTIONAL = (
     ("triton", "GPU kernels"),
     ("cuda", "cuda-bindings, compiles the CUDA kernels of the cache: pip install 'turboquant[cuda]'"),
     ("humming", "4-bit linear layers on GPUs: pip install 'turboquant[cuda]'"),
-    ("auto_round_kernel", "4-bit linear layers on CPUs: pip install 'turboquant[cpu]'"),
+    ("auto_round_kernel", "w4 and w8 (inputs of 16 bit) on CPUs: pip install 'turboquant[cpu]'"),
+    ("vllm", "turboquant serve: pip install 'turboquant[vllm]'"),
     ("peft", "adapters on top of quantized models: pip install peft"),
     ("pytest", "tests: make test installs it"),
 )
@@ -72,6 +73,7 @@ def kernels() -> list[dict[str, str]]:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         out += explain(PageLayout(KVRecipe(), 128), device)
         out += explain_linear(LinearSpec(4096, 4096, 1, 128, 8, dtype), device)
+        out += [explain_linear(LinearSpec(4096, 4096, 1, 128, 16, dtype), device)[-1] | {"op": "linear (w4)"}]
     return out
 
 

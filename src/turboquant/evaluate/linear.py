@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turboquant.evaluate.errors import EvaluateError
 from turboquant.evaluate.texts import read_texts, windows
 from turboquant.layers.convert import Plan, Quantized, experts_products, quantized
-from turboquant.recipe import Recipe
+from turboquant.recipe import Recipe, parse_recipe
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -91,14 +92,29 @@ LINEAR_BASELINES = _schemes()
 @contextmanager
 def linear_scheme(model: Any, s: Any, moments: Any = None) -> Iterator[None]:
     """Within the context the model's linear layers are those of a recipe or of a baseline; afterwards its own again."""
-    if isinstance(s, Recipe) and s.linear is not None:
+    wanted = s.linear if isinstance(s, Recipe) else s if isinstance(s, LinearBaseline) else None
+    stored = _stored(model)
+    if wanted is None or (stored is not None and wanted == stored.linear):
+        yield  # the model as it is
+    elif stored is not None:
+        raise EvaluateError(
+            f"the model's linear layers are stored as {stored.name!r} and cannot be quantized again: name a recipe for "
+            "the cache alone, or the model that it was made from"
+        )
+    elif isinstance(s, Recipe) and s.linear is not None:
         with quantized(model, Plan(s), model.get_output_embeddings(), moments):
             yield
-    elif isinstance(s, LinearBaseline):
+    else:
         with _faked(model, s):
             yield
-    else:
-        yield
+
+
+def _stored(model: Any) -> Recipe | None:
+    """The recipe of a model that holds quantized layers already."""
+    if not any(isinstance(m, Quantized) for m in model.modules()):
+        return None
+    config = getattr(model.config, "quantization_config", None)
+    return parse_recipe(config.recipe) if config is not None else Recipe()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 from turboquant.evaluate.errors import EvaluateError
 from turboquant.evaluate.linear import collect_moments, own_moments, random_moments
 from turboquant.evaluate.models import load
+from turboquant.layers.convert import Quantized
 from turboquant.recipe import parse_recipe
 
 WITHOUT_TEXT = {"self": own_moments, "random": random_moments}
@@ -49,6 +50,8 @@ def quantize(
     config = TurboQuantConfig(recipe, list(keep), overrides)
     if parse_recipe(recipe).weights is None:
         raise EvaluateError(f"recipe {recipe!r} leaves the weights alone: name one with w4 or w8, nothing needs saving")
+    if feedback and str(feedback) not in WITHOUT_TEXT and not Path(feedback).is_file():
+        raise EvaluateError(f"feedback={str(feedback)!r}: no such file; give a text, 'self' or 'random'")
     if feedback and parse_recipe(recipe).weights.bits != 4:  # type: ignore[union-attr]
         raise EvaluateError(f"recipe {recipe!r} has no use for feedback: it is for weights of 4 bit")
     out = Path(out)
@@ -57,12 +60,17 @@ def quantize(
     if not out.parent.is_dir():
         raise EvaluateError(f"{out} cannot be written: there is no folder {out.parent}")
     model, tokenizer = load(name, dtype, device)
+    if any(isinstance(m, Quantized) for m in model.modules()):
+        raise EvaluateError(f"{name} is quantized already: name the model that it was made from")
     before = _bytes(model)
     moments = None
     if feedback:
         without = WITHOUT_TEXT.get(str(feedback))
         moments = without(model) if without else collect_moments(model, tokenizer, feedback)
     rows = quantize_loaded(model, config, moments, progress)
+    packed = [r for r in rows if r["bits"] is not None]
+    if not packed:
+        raise EvaluateError(f"recipe {recipe!r} with these --keep and --override packs no weight: nothing to save")
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + "."))
     try:
         model.save_pretrained(folder)
@@ -74,11 +82,11 @@ def quantize(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    packed = [r for r in rows if r["bits"] is not None]
     numbers = sum(_numbers(r) for r in packed)
     linear = sum(r["bytes"] for r in packed)
     summary = {
         "recipe": config.recipe,
+        "feedback": str(feedback) if feedback else None,
         "weights": len(packed),
         "bits_per_weight": 8 * linear / numbers,
         "linear_before": sum(r["bytes_before"] for r in packed),

@@ -16,7 +16,7 @@ from turboquant.integrations.transformers.cache import TurboQuantCache
 from turboquant.layers.cache import CacheError
 from turboquant.layers.convert import Plan
 from turboquant.packed.checkpoint import FORMAT, CheckpointError, check_format
-from turboquant.recipe import Recipe, parse_recipe
+from turboquant.recipe import Recipe, RecipeError, parse_recipe
 
 
 def attach(model: Any, recipe: str | Recipe = "kv4") -> RemovableHandle:
@@ -106,6 +106,8 @@ class TurboQuantConfig(QuantizationConfigMixin):
         check_format(format, "quantization_config")
         self.quant_method = NAME
         self.recipe = parse_recipe(recipe).name
+        if isinstance(modules_to_not_convert, str):
+            raise RecipeError(f"modules_to_not_convert={modules_to_not_convert!r} must be a list of names")
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.overrides = dict(overrides or {})
         self.format = format

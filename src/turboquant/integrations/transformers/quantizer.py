@@ -58,6 +58,7 @@ class TurboQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.turned: set[str] = set()  # experts that the checkpoint holds transposed
         self.shared = Shared()
+        self.attached: Any = None  # handle of the cache, which `dequantize` takes away
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, dtype: Any = None, **kwargs: Any
@@ -131,11 +132,15 @@ class TurboQuantizer(HfQuantizer):
             # The saved names are the modules' own: nothing is to be turned back into a checkpoint's names.
             model._weight_conversions = []
         if recipe.kv is not None:
-            attach(model, recipe)
+            self.attached = attach(model, recipe)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        dequantize_model(model, dtype)
+        # a saved model's configuration holds its dtype as a word
+        dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if self.attached is not None:
+            self.attached.remove()
+            self.attached = None
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -176,7 +181,7 @@ def quantize(
     model.hf_quantizer = TurboQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method, model._weight_conversions = True, NAME, []
     if recipe.kv is not None:
-        attach(model, recipe)
+        model.hf_quantizer.attached = attach(model, recipe)
     return rows
 
 

@@ -58,6 +58,8 @@ class TurboQuantVllmConfig(QuantizationConfig):
             check_format(format, "quantization_config")
         self.recipe = parse_recipe(recipe)
         self.packed = format is not None and self.recipe.weights is not None
+        if isinstance(modules_to_not_convert, str):
+            raise RecipeError(f"modules_to_not_convert={modules_to_not_convert!r} must be a list of names")
         self.plan = Plan(self.recipe, list(modules_to_not_convert or []), dict(overrides or {}))
         self.kv_overrides = dict(kv_overrides or {})
         for pattern, text in self.kv_overrides.items():

@@ -44,7 +44,14 @@ def command(
         raise ServeError(f"{model} is stored as {stored!r} and served so: leave --recipe out, or name its original")
     if model.endswith(".gguf"):
         raise ServeError(f"{model}: vLLM serves folders and hub names; quantize it: turboquant quantize {model} OUT")
-    name = parse_recipe(recipe or stored or DEFAULT).name
+    if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+        raise ServeError(f"model {model!r}: no such folder")
+    parsed = parse_recipe(recipe or stored or DEFAULT)
+    name = parsed.name
+    if parsed.weights is not None and parsed.weights.head:
+        raise ServeError(
+            f"{name!r}: output embeddings in 8 bit (head=8) are not served by vLLM: quantize without head=8"
+        )
     for arg in extra:
         if arg.split("=")[0] in ("--hf-overrides", "--quantization", "-q", "--model"):
             raise ServeError(

@@ -149,6 +149,7 @@ void prepare(Prepared& p, const Spec& spec, const std::array<int64_t, 10>& at, c
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // models that live to the end of a process are no leak
   nb::class_<Spec>(m, "Spec");
   m.def("spec", &make_spec);
   m.def("isas", [] {

@@ -1,0 +1,5 @@
+"""python -m turboquant"""
+
+from turboquant.cli import app
+
+app()
