@@ -98,7 +98,7 @@ def test_a_row_alone_is_the_row_of_a_batch_for_any_number_of_threads(bits):
 @pytest.mark.parametrize("recipe", ["w4a8", "w8a8", "w4a4", "w8a4", "w4a8:group=0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [1, 7, 40])
-def test_layers_lie_as_near_to_fp64_as_torch_in_their_dtype(recipe, dtype, m):
+def test_layers_lie_as_near_to_fp32_as_torch_in_their_dtype(recipe, dtype, m):
     layer = QuantLinear(96, 50, True, parse_recipe(recipe))
     layer.slot.load(torch.randn(50, 96))
     layer.bias.data = torch.randn(50)
