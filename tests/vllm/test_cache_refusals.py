@@ -17,7 +17,7 @@ def config(**given):
     parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
     scheduler = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
     made = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None, scheduler_config=scheduler)
-    vars(made).update(given)
+    vars(made).update({"speculative_config": None} | given)
     return made
 
 
@@ -63,6 +63,7 @@ def test_layers(made, words):
     "given,words",
     [
         ({"kv_transfer_config": object()}, "KV connectors"),
+        ({"speculative_config": SimpleNamespace(method="eagle3")}, "drafts by 'eagle3'"),
         ({"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}, "hybrid-kv-cache-manager"),
         (
             {"parallel_config": SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1)},
@@ -72,6 +73,10 @@ def test_layers(made, words):
 )
 def test_configurations(given, words):
     assert words in refusal(layer(), KV, config(**given))
+
+
+def test_drafts_by_ngrams_are_served():
+    assert refusal(layer(), KV, config(speculative_config=SimpleNamespace(method="ngram"))) is None
 
 
 def test_an_old_vllm(monkeypatch):
