@@ -59,8 +59,7 @@ test: check
 
 test-triton: $(if $(HAS_TRITON),$(TRITON)/.stamp)
 ifneq ($(HAS_TRITON),)
-	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q --durations=5 tests/kernels/test_triton.py \
-	  tests/kernels/test_linear.py::test_triton_kernel_in_the_interpreter
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q --durations=5 tests/kernels/test_triton.py
 else
 	@echo "[test-triton] Triton has no wheels for $$(uname -sm): its tests did not run"
 endif

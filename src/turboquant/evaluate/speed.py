@@ -95,9 +95,6 @@ def _time(model: Any, s: Any, ids: torch.Tensor, new: int, repeats: int, progres
     held, moved = (
         sum(weights.values()) + sum(slot.nbytes(ids.device, read) for slot in slots) for read in (False, True)
     )
-    held, moved = (
-        sum(weights.values()) + sum(slot.nbytes(ids.device, read) for slot in slots) for read in (False, True)
-    )
     kept = cache.nbytes()["total"] if hasattr(cache, "nbytes") else sum(
         x.keys.nbytes + x.values.nbytes for x in cache.layers if getattr(x, "keys", None) is not None
     )  # fmt: skip

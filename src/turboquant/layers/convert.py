@@ -20,6 +20,19 @@ Quantized = QuantLinear | QuantExperts
 PRODUCTS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))  # of stacks of experts, as transformers names them
 
 
+def check_overrides(argument: str, overrides: Mapping[str, str], part: str, words: str) -> None:
+    """Raises:
+    RecipeError: a pattern is no regular expression, or a recipe lacks the part ("linear", "kv") it is there for.
+    """
+    for pattern, recipe in overrides.items():
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise RecipeError(f"{argument}: {pattern!r} is no regular expression ({e})") from e
+        if recipe != "none" and getattr(parse_recipe(recipe), part) is None:
+            raise RecipeError(f"{argument}: {recipe!r} for {pattern!r} has no {words}")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to quantize how.
@@ -35,13 +48,7 @@ class Plan:
     overrides: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for pattern, recipe in self.overrides.items():
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise RecipeError(f"overrides: {pattern!r} is no regular expression ({e})") from e
-            if recipe != "none" and parse_recipe(recipe).linear is None:
-                raise RecipeError(f"overrides: {recipe!r} for {pattern!r} has no weights or activations")
+        check_overrides("overrides", self.overrides, "linear", "weights or activations")
 
     def of(self, name: str) -> Recipe | None:
         """The linear recipe of a module, None if it stays as it is."""

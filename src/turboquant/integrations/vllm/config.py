@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from turboquant.integrations.vllm import metrics
-from turboquant.layers.convert import Plan
+from turboquant.layers.convert import Plan, check_overrides
 from turboquant.packed.checkpoint import check_format, headers
 from turboquant.recipe import KVRecipe, Recipe, RecipeError, parse_recipe
 
@@ -62,13 +62,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
             raise RecipeError(f"modules_to_not_convert={modules_to_not_convert!r} must be a list of names")
         self.plan = Plan(self.recipe, list(modules_to_not_convert or []), dict(overrides or {}))
         self.kv_overrides = dict(kv_overrides or {})
-        for pattern, text in self.kv_overrides.items():
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise RecipeError(f"kv_overrides: {pattern!r} is no regular expression ({e})") from e
-            if text != "none" and parse_recipe(text).kv is None:
-                raise RecipeError(f"kv_overrides: {text!r} for {pattern!r} has no cache")
+        check_overrides("kv_overrides", self.kv_overrides, "kv", "cache")
         for r in (self.recipe, *(parse_recipe(r) for r in self.plan.overrides.values() if r != "none")):
             if r.weights is not None and r.weights.head:
                 raise RecipeError(f"{r.name!r} is not served by vLLM: head=8 (output embeddings); leave it out")
