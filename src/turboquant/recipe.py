@@ -183,7 +183,7 @@ class ActivationRecipe:
 
     bits: int = 8
     ahot: int = 16
-    agroup: int = 32
+    agroup: int = 16
     freeze: int = 0
 
     def __post_init__(self) -> None:
@@ -201,11 +201,11 @@ class ActivationRecipe:
         return gcd(width, self.agroup)
 
     def bits_per_activation(self, width: int) -> float:
-        """True bits a number of one token: codes, group fields of 8+8 bit, hot channels, 32-bit token scales."""
+        """True bits a number of one token: codes, a byte a group, hot channels, 32-bit token scales."""
         if self.bits == 8:
             return 8 + 32 / width
         hot = self.hot_channels(width)
-        return 4 + 16 / self.group_of(width) + (8 * hot + 32 * (1 + (hot > 0))) / width
+        return 4 + 8 / self.group_of(width) + (8 * hot + 32 * (1 + (hot > 0))) / width
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,22 @@ def test_error_is_within_half_a_step(group):
 
 
 def test_the_first_stage_is_a_weight_by_itself():
-    w = torch.randn(8, 128)
-    two, one = encode_weight(w, 64, 2), encode_weight(w, 64, 1, clip=False)
-    assert torch.equal(two.scale, one.scale) and torch.equal(two.zero, one.zero)
-    assert error(w, two) < error(w, two, 1) / 12
-    assert (two.codes[0].int() - one.codes[0].int()).abs().max() <= 1
-    torch.testing.assert_close(error(w, two, 1), error(w, one), rtol=0.02, atol=0)
+    w = torch.randn(64, 128)
+    for group in (64, 128):
+        two, one = encode_weight(w, group, 2), encode_weight(w, group, 1, clip=False)
+        assert error(w, two) < error(w, two, 1) / 12
+        assert error(w, two, 1) < 1.01 * error(w, one)
+
+
+@pytest.mark.parametrize("group", [64, 128, 1024])
+def test_two_stages_search_their_scale(group):
+    """Against the scale that covers the range, with which a symmetric group leaves a sixteenth of the grid unused."""
+    w = torch.randn(64, 1024)
+    got, covering = encode_weight(w, group, 2), encode_weight(w, group, 1, clip=False)
+    step = covering.scale.float().repeat_interleave(group, 1) / 16
+    zero = 16 * covering.zero.float().repeat_interleave(group, 1) + 8
+    want = ((w / step + zero).round().clamp(0, 255) - zero) * step
+    assert error(w, got) < 0.96 * float((want - w).norm() / w.norm())
 
 
 def test_clipping_never_costs_and_helps_long_groups():
@@ -59,16 +69,17 @@ def test_clipping_never_costs_and_helps_long_groups():
     assert torch.equal(encode_weight(w, 128, 2, clip=True).codes, encode_weight(w, 128, 2, clip=False).codes)
 
 
-def test_error_feedback_lowers_the_output_error():
+@pytest.mark.parametrize("stages", [1, 2])
+def test_error_feedback_lowers_the_output_error(stages):
     """Along the second moments that it was given, and not at the cost of the grid."""
     mix = torch.randn(64, 64)
     x = torch.randn(2000, 64) @ mix
     w = torch.randn(48, 64)
     moment = x.T @ x / len(x)
     out = lambda c: float((x @ (decode_weight(c) - w).T).norm() / (x @ w.T).norm())  # noqa: E731
-    plain, fed = encode_weight(w, 32), encode_weight(w, 32, moment=moment)
+    plain, fed = encode_weight(w, 32, stages), encode_weight(w, 32, stages, moment=moment)
     assert out(fed) < 0.8 * out(plain) and error(w, fed) > error(w, plain)
-    same = encode_weight(w, 32, moment=torch.eye(64))
+    same = encode_weight(w, 32, stages, moment=torch.eye(64))
     assert torch.equal(same.codes, plain.codes), "against the identity nothing is pushed"
 
 
@@ -93,7 +104,6 @@ def test_rows_do_not_depend_on_each_other():
         (dict(group=24), "group=24"),
         (dict(group=32, stages=3), "stages=3"),
         (dict(group=32, moment=torch.eye(3)), "error feedback"),
-        (dict(group=32, stages=2, moment=torch.eye(64)), "error feedback"),
     ],
 )
 def test_what_cannot_be_done(options, words):

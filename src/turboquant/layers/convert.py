@@ -199,7 +199,7 @@ def quantize_model(
 
     Args:
         head: the output embeddings.
-        moments: name -> (K, K) second moments of a linear layer's input, for error feedback in 4-bit weights.
+        moments: name -> (K, K) second moments of a linear layer's input, for error feedback.
         progress: called with (name, done, of).
 
     Returns:
@@ -214,8 +214,7 @@ def quantize_model(
         for key, slot in new.slots.items():
             w = getattr(module, key)
             w = w.detach().mT.contiguous() if turn else w.detach()
-            one_stage = recipe.weights is not None and recipe.weights.stages == 1
-            slot.load(w, (moments or {}).get(name) if one_stage else None)
+            slot.load(w, (moments or {}).get(name) if recipe.weights is not None else None)
             if recipe.weights is None:
                 getattr(new, key).data = w
             if slot.tracked:

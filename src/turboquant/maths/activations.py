@@ -4,8 +4,8 @@
 scale a token: x ≈ Rᵀ(unit · code). A few large channels, which make int8 per token lossy, are spread over their block.
 
 4 bit: the few channels with the largest σ_x·‖W_:,c‖ (`HotTracker`) are taken out as int8 of x/σ. The rest is rotated
-and rounded to 16 steps in groups. Step and lowest level of a group are whole multiples of the token's unit: the 4-bit
-payload unpacks exactly to int8, so an int8 product serves it.
+and rounded to 16 steps in groups: x ≈ unit · step · (code - zero), where step and zero are whole and fit in one byte.
+The 4-bit payload unpacks exactly to int8, so an int8 product serves it.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from torch import Tensor
 from turboquant.maths.rotation import rotate, unrotate
 
 _TINY = 1e-30
-STEP_SHARES = (1.0, 0.9, 0.8)  # of the step that covers a group's range; the one with the smallest error is taken
+STEP_SHARES = (1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8)  # of the step that covers a group's range; the best is taken
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,23 @@ class Int4Rows:
 
     Attributes:
         codes: (..., K) uint8 below 16.
-        low: (..., K/g) int8; step: (..., K/g) uint8 from 1 to 17, in units.
+        step: (..., K/g) uint8 from 1 to 16, in units; zero: (..., K/g) uint8 below 16, a code.
         unit: (..., 1) fp32.
         hot: (..., h) int8 of x/σ over the hot channels; hot_unit: (..., 1) fp32.
     """
 
     codes: Tensor
-    low: Tensor
     step: Tensor
+    zero: Tensor
     unit: Tensor
     hot: Tensor
     hot_unit: Tensor
 
     def int8(self) -> Tensor:
         """What the payload stands for, exactly: (..., K) int8."""
-        g = self.codes.unflatten(-1, (self.low.shape[-1], -1)).to(torch.int16)
-        out = self.low.to(torch.int16).unsqueeze(-1) + self.step.to(torch.int16).unsqueeze(-1) * g
-        return out.flatten(-2).to(torch.int8)
+        g = self.codes.unflatten(-1, (self.step.shape[-1], -1)).to(torch.int16)
+        step, zero = (t.to(torch.int16).unsqueeze(-1) for t in (self.step, self.zero))
+        return (step * (g - zero)).flatten(-2).to(torch.int8)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -90,23 +90,24 @@ def encode_int4(x: Tensor, group: int, hot: Tensor, sigma: Tensor) -> Int4Rows:
     y = rotate(x)
     unit = _unit(y)
     g = (y / unit).nan_to_num(0.0).unflatten(-1, (-1, group))
-    low, high = g.amin(-1, keepdim=True), g.amax(-1, keepdim=True)
+    low, high = g.amin(-1, keepdim=True).clamp_max(0), g.amax(-1, keepdim=True).clamp_min(0)
     best = torch.full_like(low, torch.inf)
     out = [torch.zeros_like(low)] * 2 + [torch.zeros_like(g)]
     for share in STEP_SHARES:
-        step = ((high - low) * (share / 15)).round().clamp(1, 17)
-        base = ((low + high) / 2 - 7.5 * step).round()
-        base = torch.minimum(base.clamp_min(-128), 127 - 15 * step)
-        codes = ((g - base) / step).round().clamp(0, 15)
-        error = (codes * step + base - g).square().sum(-1, keepdim=True)
+        step = ((high - low) * (share / 15)).round().clamp(1, 16)
+        zero = (7.5 - (low + high) / (2 * step)).round().clamp(0, 15)
+        least = torch.maximum(-zero, -(128 / step).floor())  # what unpacks to int8
+        most = torch.minimum(15 - zero, (127 / step).floor())
+        level = torch.minimum(torch.maximum((g / step).round(), least), most)
+        error = (level * step - g).square().sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
-        out = [torch.where(better, new, old) for new, old in zip((base, step, codes), out, strict=True)]
-    base, step, codes = out
+        out = [torch.where(better, new, old) for new, old in zip((step, zero, level + zero), out, strict=True)]
+    step, zero, codes = out
     return Int4Rows(
         codes.flatten(-2).to(torch.uint8),
-        base.squeeze(-1).to(torch.int8),
         step.squeeze(-1).to(torch.uint8),
+        zero.squeeze(-1).to(torch.uint8),
         unit,
         hot_codes,
         hot_unit,

@@ -5,9 +5,10 @@ two codes then are the high and the low half of one 8-bit code of the grid scale
 serves both, and the first stage alone still is a 4-bit weight. Scales are rounded to fp16 before anything
 depends on them.
 
-Two data-free ways to a better first stage: `clip` searches the range of each group (fewer, finer steps against a few
-clipped weights), and error feedback (GPTQ, arXiv:2210.17323) pushes what rounding one column lost into the columns
-that are still to come, along the second moments of the input.
+Data-free ways to better codes: `clip` searches the range of each group of a single stage (fewer, finer steps against a
+few clipped weights); two stages try scales around the one that covers the range, for the error of the 8-bit grid.
+Error feedback (GPTQ, arXiv:2210.17323) pushes what rounding one column lost into the columns that are still to come,
+along the second moments of the input.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 CLIPS = tuple(1 - i / 24 for i in range(13))  # shares of a group's range that are tried
+FINE_SHARES = tuple(1.05 - i / 200 for i in range(31))  # of the scale that covers a group's range, for two stages
 _SMALLEST = 2.0**-24  # least fp16 above zero
 
 
@@ -36,8 +38,39 @@ def _grid(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return scale, zero
 
 
-def _round(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return (w / scale.float() + zero).round().clamp(0, 15)
+def _round(w: Tensor, step: Tensor, zero: Tensor, stages: int = 1) -> Tensor:
+    return (w / step + zero).round().clamp(0, 16**stages - 1)
+
+
+def _steps(scale: Tensor, zero: Tensor, stages: int) -> tuple[Tensor, Tensor]:
+    """Step and zero of the grid of all stages, fp32."""
+    return (scale.float(), zero) if stages == 1 else (scale.float() / 16, 16 * zero + 8)
+
+
+def fine_grid(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero of two stages for groups (..., g) fp32, as `group_grid` returns them.
+
+    The zero is the whole one that leaves as much of the grid beyond one end of the group as beyond the other; of the
+    scales the one with the smallest squared error is taken.
+    """
+    low, high = w.amin(-1, keepdim=True).clamp_max(0), w.amax(-1, keepdim=True).clamp_min(0)
+    best = torch.full_like(low, torch.inf)
+    best_scale, best_zero = _grid(low, high)
+    for share in FINE_SHARES:
+        scale = ((high - low) * (share / 15)).clamp_min(_SMALLEST).half()
+        zero = ((119.5 - 8 * (low + high) / scale.float()) / 16).round().clamp(0, 15)
+        error = _error(w, scale, zero, 2, importance)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _error(w: Tensor, scale: Tensor, zero: Tensor, stages: int, importance: Tensor | None) -> Tensor:
+    """(..., 1): squared error of groups (..., g) on a grid."""
+    step, offset = _steps(scale, zero, stages)
+    error = ((_round(w, step, offset, stages) - offset) * step - w).square()
+    return (error if importance is None else error * importance).sum(-1, keepdim=True)
 
 
 def group_grid(w: Tensor, clip: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -58,8 +91,7 @@ def group_grid(w: Tensor, clip: bool, importance: Tensor | None = None) -> tuple
         for share in CLIPS:
             l, h = (low * share if ends[0] else from_low), (high * share if ends[1] else from_high)
             scale, zero = _grid(l, h)
-            error = ((_round(w, scale, zero) - zero) * scale.float() - w).square()
-            error = (error if importance is None else error * importance).sum(-1, keepdim=True)
+            error = _error(w, scale, zero, 1, importance)
             better = error < best
             best = torch.where(better, error, best)
             best_low, best_high = torch.where(better, l, best_low), torch.where(better, h, best_high)
@@ -75,10 +107,9 @@ def encode_weight(
     Args:
         w: any float dtype, finite.
         group: weights along K that share a scale; divides K.
-        stages: 1 (4 bit) or 2 (4+4 bit, never clipped).
+        stages: 1 (4 bit) or 2 (4+4 bit).
         clip: search the range of each group of a single stage.
-        moment: (K, K) fp32 second moments of the input in the basis of K, for error feedback; w must be (N, K) then and
-            stages 1.
+        moment: (K, K) fp32 second moments of the input in the basis of K, for error feedback; w must be (N, K) then.
 
     Raises:
         ValueError: a weight that is not finite, or a group, stage or shape that does not fit.
@@ -90,17 +121,19 @@ def encode_weight(
     if not w.isfinite().all():
         raise ValueError("a weight that is not finite cannot be quantized")
     if moment is not None:
-        if stages != 1 or w.dim() != 2 or moment.shape != (k, k):
-            raise ValueError(f"error feedback takes one stage, w (N, K) and moments ({k}, {k})")
-        return _with_feedback(w, group, clip, moment)
-    g = w.unflatten(-1, (-1, group))
-    scale, zero = group_grid(g, clip and stages == 1)
-    if stages == 1:
-        codes = _round(g, scale, zero).flatten(-2).unsqueeze(-3)
+        if w.dim() != 2 or moment.shape != (k, k):
+            raise ValueError(f"error feedback takes w (N, K) and moments ({k}, {k})")
+        codes, scale, zero = _with_feedback(w, group, stages, clip, moment)
     else:
-        fine = (g / (scale.float() / 16) + (16 * zero + 8)).round().clamp(0, 255).flatten(-2)
-        codes = torch.stack(((fine / 16).floor(), fine % 16), -3)
-    return WeightCodes(codes.to(torch.uint8), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8))
+        g = w.unflatten(-1, (-1, group))
+        scale, zero = _best_grid(g, stages, clip)
+        codes = _round(g, *_steps(scale, zero, stages), stages).flatten(-2).to(torch.uint8)
+        scale, zero = scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)
+    return WeightCodes(torch.stack((codes // 16, codes % 16)[2 - stages :], -3), scale, zero)
+
+
+def _best_grid(w: Tensor, stages: int, clip: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return group_grid(w, clip, importance) if stages == 1 else fine_grid(w, importance)
 
 
 def decode_weight(w: WeightCodes, stages: int | None = None) -> Tensor:
@@ -120,9 +153,13 @@ def decode_weight(w: WeightCodes, stages: int | None = None) -> Tensor:
 
 
 def _with_feedback(
-    w: Tensor, group: int, clip: bool, moment: Tensor, damp: float = 0.01, block: int = 128
-) -> WeightCodes:
-    """GPTQ: columns in order, the error of each spread over later ones by the inverse of the second moments."""
+    w: Tensor, group: int, stages: int, clip: bool, moment: Tensor, damp: float = 0.01, block: int = 128
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GPTQ: columns in order, the error of each spread over later ones by the inverse of the second moments.
+
+    Returns:
+        codes of all stages (N, K) uint8, scale (N, G) fp16, zero (N, G) uint8.
+    """
     n, k = w.shape
     w = w.clone()
     h = moment.float().clone()
@@ -141,12 +178,13 @@ def _with_feedback(
             if c % group == 0:
                 # what of a group reaches beyond this block has not felt this block's errors yet; they are small
                 importance = upper.diagonal()[c : c + group].reciprocal().square()
-                s, z = group_grid(w[:, c : c + group], clip, importance)
+                s, z = _best_grid(w[:, c : c + group], stages, clip, importance)
                 scale[:, c // group], zero[:, c // group] = s[:, 0], z[:, 0].to(torch.uint8)
-            code = _round(part[:, i : i + 1], s, z)
+                s, z = _steps(s, z, stages)
+            code = _round(part[:, i : i + 1], s, z, stages)
             codes[:, c] = code[:, 0].to(torch.uint8)
-            lost = (part[:, i] - ((code - z) * s.float())[:, 0]) / upper[c, c]
+            lost = (part[:, i] - ((code - z) * s)[:, 0]) / upper[c, c]
             part[:, i:] -= lost.unsqueeze(1) * upper[c, start + i : end].unsqueeze(0)
             errors[:, i] = lost
         w[:, end:] -= errors @ upper[start:end, end:]
-    return WeightCodes(codes.unsqueeze(0), scale, zero)
+    return codes, scale, zero
