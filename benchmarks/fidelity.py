@@ -5,6 +5,10 @@ python benchmarks/fidelity.py MODEL... --text prose.txt --text tech.txt --text c
 Every (model, ctx) is a job of its own in a process of its own, for the reference kernels leave a GPU mostly waiting for
 Python; --jobs says how many run at a time. A job writes its rows as they come and goes on where it stopped. At the
 end: fidelity.json (rows, hardware, versions, commit), fidelity.csv, and a Markdown table on standard output.
+
+Through the kernels of a GPU, as decode steps run them:
+python benchmarks/fidelity.py MODEL... --text ... --dtype float16 --device cuda --backend cuda --chunk 8 --recipe kv4 \
+    --recipe kv8 --out results
 """
 
 import argparse
@@ -74,6 +78,8 @@ def job(args: argparse.Namespace) -> None:
         args.tokens,
         stride=args.stride,
         batch=args.batch,
+        chunk=args.chunk,
+        backend=args.backend,
         name=name,
         json=job_file(args.out, path, ctx),
         progress=say,
@@ -145,6 +151,8 @@ def main() -> None:
     p.add_argument("--recipe", action="append", help="instead of all schemes; several times for more")
     p.add_argument("--stride", type=int, default=2, help="KL, top-1 and match at every so manyth position")
     p.add_argument("--batch", type=int, help="windows at a time")
+    p.add_argument("--chunk", type=int, help="tokens of a forward pass; a GPU's decode kernel takes up to 8")
+    p.add_argument("--backend", default="auto", help="of every op: cuda, triton, cpu or reference")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="auto")
     p.add_argument("--threads", type=int, help="CPU threads of a job")
@@ -162,7 +170,8 @@ def main() -> None:
     rest = ["--job", "--tokens", str(args.tokens), "--stride", str(args.stride), "--out", str(args.out)]
     rest += ["--dtype", args.dtype, "--device", args.device]
     rest += [x for t in args.text for x in ("--text", str(t))] + [x for r in args.recipe or () for x in ("--recipe", r)]
-    for name in ("batch", "threads"):
+    rest += ["--backend", args.backend]
+    for name in ("batch", "chunk", "threads"):
         rest += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
     todo = [(m, c) for c in sorted(args.ctx, reverse=True) for m in args.models]  # the longest first
 

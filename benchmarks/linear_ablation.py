@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from turboquant.evaluate import fidelity
-from turboquant.evaluate.linear import own_moments, random_moments
 from turboquant.evaluate.models import load
 from turboquant.layers.convert import norm_prior
+from turboquant.layers.moments import moments_without_data
 from turboquant.maths.activations import HotTracker
 
 
@@ -45,11 +45,12 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
     "peak/4": ("a4", {"PEAK": 4.0}),
     "renewed at any drift": ("a4", {"KEEP": 1.0}),
     "one in 8 channels hot": ("a4:ahot=8", {}),
-    "groups of 16": ("a4:agroup=16", {}),
+    "groups of 32": ("a4:agroup=32", {}),
 }
 WEIGHTS: dict[str, Callable[[Any], dict[str, Tensor]] | None] = {
-    "w4a8": None, "feedback from the norms": from_norms, "feedback on random tokens": random_moments,
-    "feedback on its own words": own_moments,
+    "w4a8": None, "feedback from the norms": from_norms,
+    "feedback on random tokens": lambda m: moments_without_data(m, "random"),
+    "feedback on its own words": lambda m: moments_without_data(m, "self"),
 }  # fmt: skip
 
 

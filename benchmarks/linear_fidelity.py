@@ -49,13 +49,15 @@ def main() -> None:
     p.add_argument("--tokenizer", help="folder, where the model's own tokenizer is not to be used")
     p.add_argument("--text", type=Path, action="append", required=True)
     p.add_argument(
-        "--feedback", type=Path, help="for second moments: a text; self: what the model says; random: tokens"
+        "--feedback", help="for second moments: self (what the model says), self:FILE, random (tokens), or a text"
     )
     p.add_argument("--ctx", type=int, default=2048)
     p.add_argument("--tokens", type=int, default=24_576)
     p.add_argument("--recipe", action="append", help="instead of all schemes; several times for more")
     p.add_argument("--stride", type=int, default=2, help="KL, top-1 and match at every so manyth position")
     p.add_argument("--batch", type=int)
+    p.add_argument("--chunk", type=int, help="tokens of a forward pass; a GPU's decode kernel takes up to 8")
+    p.add_argument("--backend", default="auto", help="of every op: cuda, triton, cpu or reference")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="auto")
     p.add_argument("--threads", type=int)
@@ -64,9 +66,8 @@ def main() -> None:
     args = p.parse_args()
 
     from turboquant.evaluate import fidelity
-    from turboquant.evaluate.linear import collect_moments
     from turboquant.evaluate.models import load
-    from turboquant.evaluate.quantizing import WITHOUT_TEXT
+    from turboquant.evaluate.quantizing import feedback_moments
     from turboquant.evaluate.results import dumps, write
 
     if args.threads:
@@ -83,12 +84,17 @@ def main() -> None:
             print(f"{time.time() - began:.0f} s {what}", file=sys.stderr, flush=True)
 
     shared: dict[str, Any] = dict(
-        stride=args.stride, batch=args.batch, name=label(args.model), json=args.json, progress=say
+        stride=args.stride,
+        batch=args.batch,
+        chunk=args.chunk,
+        backend=args.backend,
+        name=label(args.model),
+        json=args.json,
+        progress=say,
     )
     rows = fidelity(model, tokenizer, args.recipe or SCHEMES, args.text, args.ctx, args.tokens, **shared)
     if args.feedback:
-        without = WITHOUT_TEXT.get(str(args.feedback))
-        moments = without(model) if without else collect_moments(model, tokenizer, args.feedback)
+        moments = feedback_moments(model, tokenizer, args.feedback, say)
         print(f"{time.time() - began:.0f} s second moments", file=sys.stderr, flush=True)
         rows += fidelity(model, tokenizer, FEEDBACK, args.text, args.ctx, args.tokens, moments=moments, **shared)
     info = machine(args.commit)

@@ -13,18 +13,12 @@ from typer.testing import CliRunner
 from turboquant.cli import app
 from turboquant.evaluate import EvaluateError, fidelity
 from turboquant.evaluate.inputs import linear_inputs
-from turboquant.evaluate.linear import (
-    LINEAR_BASELINES,
-    collect_moments,
-    linear_scheme,
-    moments_of,
-    own_words,
-    random_moments,
-)
+from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_scheme
 from turboquant.evaluate.models import load
 from turboquant.evaluate.quantizing import quantize
 from turboquant.evaluate.speed import bench
 from turboquant.layers.linear import QuantLinear
+from turboquant.layers.moments import moments_of, moments_without_data, own_words
 from turboquant.recipe import RecipeError, parse_recipe
 
 NAMES = ["a8", "a4", "w8", "w4", "w8a8", "w8a8kv4", "w4a4kv4", "w8a8:head=8", *LINEAR_BASELINES]
@@ -201,8 +195,8 @@ def test_commands(tiny_folder, tmp_path, prose):
     book.write_text(prose[:20_000])
     options = ["--keep", "up_proj", "--override", "o_proj=w4a8", "--dtype", "float32", "--device", "cpu", "-q"]
     options = [tiny_folder, tmp_path / "q", *options, "--json", tmp_path / "q.json"]
-    done = run("quantize", *options, "-r", "w8a8", "--feedback", book)
-    assert done.exit_code == 2 and "no use for feedback" in done.stderr
+    done = run("quantize", *options, "-r", "w8a8", "--feedback", "itself")
+    assert done.exit_code == 2 and "no such file; give a text, 'self' or 'random'" in done.stderr
     done = run("quantize", *options, "-r", "w8a8")
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "q.json").read_text())
@@ -221,10 +215,22 @@ def test_commands(tiny_folder, tmp_path, prose):
     assert "w8a8 leaves it alone" in done.stderr and "0.00 packed" not in done.stderr
 
 
+def test_generate_takes_the_recipe_of_the_folder(tiny_folder, tmp_path):
+    quantize(tiny_folder, tmp_path / "q", "w8a8kv4:ring=64", dtype="float32", device="cpu")
+    done = run("generate", tmp_path / "q", "Hello there.", "--max-new-tokens", 3, "--json", "-")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["recipe"] == "w8a8kv4:ring=64"
+    assert "recipe w8a8kv4:ring=64, as the folder was written" in done.stderr
+    done = run("generate", tmp_path / "q", "Hello there.", "-r", "kv4", "--max-new-tokens", 3, "--json", "-")
+    assert json.loads(done.stdout)["recipe"] == "kv4" and "as the folder" not in done.stderr
+    done = run("generate", tiny_folder, "Hello there.", "--max-new-tokens", 3, "--json", "-")
+    assert json.loads(done.stdout)["recipe"] == "kv4" and "as the folder" not in done.stderr
+
+
 def test_second_moments_without_a_text(tiny_llama, tmp_path, tiny_folder):
     """Of random tokens, or of what the model says: the same every time, and no other random number moves."""
     state = torch.get_rng_state()
-    for make in (random_moments, lambda m: moments_of(m, own_words(m, 256, 32))):
+    for make in (lambda m: moments_without_data(m, "random"), lambda m: moments_of(m, own_words(m, 256, 32))):
         one, two = make(tiny_llama), make(tiny_llama)
         assert set(one) == {n for n, m in tiny_llama.named_modules() if type(m) is nn.Linear and n != "lm_head"}
         assert all(torch.equal(one[n], two[n]) for n in one)

@@ -1,6 +1,7 @@
 """Linear recipes through `from_pretrained`: loading, saving, every kind of layer, and what is refused."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from turboquant import TurboQuantCache, TurboQuantConfig
+from turboquant.integrations.transformers import quantize
 from turboquant.layers.linear import QuantExperts, QuantLinear
+from turboquant.layers.moments import FeedbackError, moments_without_data
 from turboquant.packed.checkpoint import CheckpointError
 from turboquant.recipe import RecipeError
 
@@ -268,6 +271,47 @@ def test_output_embeddings_of_the_first_format_are_refused():
             TurboQuantConfig(**refused, format=1)
     for read in ("w4a8", "w4:head=8", "w4a4:head=8", "kv4"):
         assert TurboQuantConfig(read, format=1).format == 1
+
+
+@pytest.mark.parametrize("recipe", ["w4a8kv4", "w8:head=8"])
+@pytest.mark.parametrize("feedback", ["random", "self:{}/words.json"])
+def test_error_feedback_while_loading(recipe, feedback, saved, tmp_path, ids):
+    """The bytes that a loaded model gets by the same moments; what is saved needs no feedback to be read."""
+    model, folder = saved("llama-gqa")
+    feedback = feedback.format(tmp_path)
+    q = load(folder, recipe, feedback=feedback)
+    rows = quantize(model, recipe, moments_without_data(model, feedback))
+    want, plain = model.state_dict(), load(folder, recipe).state_dict()
+    assert len(rows) == 21 + ("head" in recipe)
+    got = q.state_dict()
+    assert got.keys() == want.keys() == plain.keys() and all(torch.equal(got[k], want[k]) for k in want)
+    assert any(not torch.equal(got[k], plain[k]) for k in got if k.endswith("q_proj.weight"))
+    q.save_pretrained(tmp_path / "packed")
+    assert "feedback" not in json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager")
+    assert torch.equal(logits(again, ids), logits(q, ids))
+
+
+@pytest.mark.parametrize("feedback", ["itself", "random:x", "self:", "self:/no/such/folder/words.json"])
+def test_feedback_refuses(feedback):
+    with pytest.raises(FeedbackError, match="feedback="):
+        TurboQuantConfig("w4a8", feedback=feedback)
+
+
+def test_overrides_that_decide_nothing_warn(saved):
+    _, folder = saved("llama-gqa")
+    silent = {"layers.0": "none", "q_proj": "w8a8"}
+    for overrides, words in (
+        (silent | {"lm_head": "w8"}, "'lm_head' decides nothing: it names the output embeddings"),
+        (silent | {"norm": "w8"}, "'norm' decides nothing: it fits no linear layer"),
+        ({"proj": "w8", "q_proj": "w4"}, "'q_proj' decides nothing: it fits no linear layer that another"),
+    ):
+        with pytest.warns(UserWarning, match=words):
+            load(folder, "w8", overrides=overrides)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder, "w8", overrides=silent | {"lm_head": "w8:head=8"})
+        load(folder, "w8:head=8", overrides=silent | {"lm_head": "none"})
 
 
 def test_config_refuses():

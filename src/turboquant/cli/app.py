@@ -59,7 +59,7 @@ Json = Annotated[str | None, typer.Option("--json", metavar="OUT", help="Write t
 Html = Annotated[Path | None, typer.Option("--html", metavar="OUT", help="Write a page with tables and plots.")]
 Png = Annotated[Path | None, typer.Option("--png", metavar="OUT", help="Write the plot of one layer's key ranges.")]
 Feedback = Annotated[
-    Path | None, typer.Option("--feedback", help="Error feedback (w4; minutes): a text, self, random.")
+    str | None, typer.Option("--feedback", help="Error feedback (minutes): self, self:FILE, random, or a text.")
 ]
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="Modules that stay as they are.")]
 Override = Annotated[list[str] | None, typer.Option("--override", help="PATTERN=RECIPE, for some modules.")]

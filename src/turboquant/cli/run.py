@@ -4,14 +4,16 @@ from typing import Annotated
 
 import typer
 
-from turboquant.cli.app import Device, Dtype, Json, Model, OneRecipe, Seed, Threads, app, load, open_console, put_json
+from turboquant.cli.app import Device, Dtype, Json, Model, Seed, Threads, app, load, open_console, put_json
 
 
 @app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.", show_default=False)],
-    recipe: OneRecipe = "kv4",
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Default: what a quantized folder was written with, else kv4.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     raw: Annotated[bool, typer.Option("--raw", help="Go on with the prompt as it is: no chat template.")] = False,
@@ -25,10 +27,16 @@ def generate(
 
     Example: turboquant generate HuggingFaceTB/SmolLM2-135M-Instruct "Why is the sky blue?" --recipe kv4
     """
-    net, tokenizer = load(model, dtype, device, threads, seed, [recipe], [], (json,))
+    net, tokenizer = load(model, dtype, device, threads, seed, [recipe] if recipe else [], [], (json,))
     from turboquant.evaluate import generation, report
+    from turboquant.evaluate.linear import folder_recipe
 
     console = open_console(json)
+    if recipe is None:
+        written = folder_recipe(net)
+        recipe = written.name if written else "kv4"
+        if written:
+            console.print(f"recipe {recipe}, as the folder was written", style="dim", markup=False)
     emit = lambda piece: console.print(piece, end="", markup=False, soft_wrap=True)  # noqa: E731
     row = generation.generate(net, tokenizer, prompt, recipe, max_new_tokens, temperature, seed, not raw, emit)
     console.print()

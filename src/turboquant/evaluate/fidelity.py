@@ -9,6 +9,7 @@ changed hidden states are kept, never logits.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from turboquant.evaluate.heads import Head
 from turboquant.evaluate.linear import LINEAR_BASELINES, LinearBaseline, linear_bits, linear_scheme
 from turboquant.evaluate.results import Rows, finite
 from turboquant.evaluate.texts import digest, read_texts, windows
-from turboquant.kernels.ops import choose, explain
+from turboquant.kernels.ops import choose, explain, use_backend
 from turboquant.layers.convert import Quantized
 from turboquant.recipe import Recipe, RecipeError, parse_recipe
 
@@ -86,6 +87,8 @@ def fidelity(
     json: str | Path | None = None,
     progress: Progress | None = None,
     moments: Mapping[str, Tensor] | None = None,
+    chunk: int | None = None,
+    backend: str = "auto",
 ) -> list[dict[str, Any]]:
     """Perplexity change, KL, top-1 and match of each recipe against the unquantized model.
 
@@ -102,9 +105,13 @@ def fidelity(
         progress: called with (recipe, windows done, windows of it).
         moments: second moments of the inputs of linear layers (`evaluate.linear.collect_moments`): 4-bit weights are
             rounded with error feedback then, and "+feedback" stands behind the recipe's name in the rows.
+        chunk: tokens of a forward pass, for the base too; by default PIECE. What fits a GPU's decode kernel (8) is what
+            it serves; longer chunks are prompts to the kernels, though every row reads what decode reads.
+        backend: that every op runs on, see `kernels.ops.use_backend`.
 
     Returns:
-        one row a recipe, in their order: recipe, model, dtype, device, kernel, ctx, tokens, stride, text, version;
+        one row a recipe, in their order: recipe, model, dtype, device, kernel, ctx, tokens, stride, chunk, backend,
+        text, version;
         ppl_base, ppl, dppl_percent, dppl_se; kl (nats), top1, match (percent) and kl_se, top1_se, match_se;
         weight_bits, activation_bits of the linear layers and key_bits, value_bits (everything stored counted);
         cache_bytes (of them ring_bytes and state_bytes) and
@@ -117,8 +124,8 @@ def fidelity(
     plan = [scheme(r) for r in recipes]
     if not plan:
         raise EvaluateError("recipes is empty; name at least one, for example 'kv4'")
-    if stride < 1 or (batch is not None and batch < 1):
-        raise EvaluateError(f"stride={stride}, batch={batch} is not allowed: both must be at least 1")
+    if stride < 1 or (batch is not None and batch < 1) or (chunk is not None and chunk < 1):
+        raise EvaluateError(f"stride={stride}, batch={batch}, chunk={chunk} is not allowed: all must be at least 1")
     most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is not None and ctx > most:
         raise EvaluateError(f"ctx={ctx} is more than this model was made for: at most {most} tokens")
@@ -135,6 +142,8 @@ def fidelity(
         "ctx": ctx,
         "tokens": ids.numel(),
         "stride": stride,
+        "chunk": chunk,
+        "backend": backend,
         "text": digest(contents),
         "version": __version__,
     }
@@ -144,11 +153,13 @@ def fidelity(
     if todo:
         say = progress or (lambda *_: None)
         head = Head.of(model, ids[:1, :8])
-        base = _run(model, head, BASE, ids, batch, say)
+        feed = partial(_run, model, head, ids=ids, batch=batch, progress=say, chunk=chunk or PIECE)
+        base = feed(BASE)
         states, target = base.hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         nll = head.nll(states, target)
         for s in todo:
-            run = base if s == BASE else _run(model, head, s, ids, batch, say, moments)
+            with use_backend(backend):
+                run = base if s == BASE else feed(s, moments=moments)
             changed = run.hidden[:, :-1].flatten(0, 1)
             some = torch.arange(0, len(target), stride, device=target.device)
             scores = head.compare(states[some], changed[some], run.head)
@@ -177,7 +188,9 @@ def _cache(model: Any, recipe: Recipe) -> Any:
     return cache
 
 
-def _run(model: Any, head: Head, s: Scheme, ids: Tensor, batch: int, progress: Progress, moments: Any = None) -> _Run:
+def _run(
+    model: Any, head: Head, s: Scheme, ids: Tensor, batch: int, progress: Progress, chunk: int, moments: Any = None
+) -> _Run:
     """All windows through the model under one scheme."""
     from transformers import DynamicCache
 
@@ -196,34 +209,34 @@ def _run(model: Any, head: Head, s: Scheme, ids: Tensor, batch: int, progress: P
                 cache = _cache(model, s)
             elif s == BASE:
                 cache = DynamicCache(config=model.config)
-            hidden.append(_forward(head.decoder, part, cache))
+            hidden.append(_forward(head.decoder, part, cache, chunk))
             if _has_kv(s):
                 nonfinite += cache.nonfinite_tokens
-            facts = facts or _facts(s, cache, part) | _linear_facts(model, s, part.device)
+            facts = facts or _facts(s, cache, part, chunk) | _linear_facts(model, s, part.device)
             progress(scheme_name(s), min(i + batch, len(ids)), len(ids))
     facts |= {"nonfinite": nonfinite, "seconds": round(time.perf_counter() - began, 2)}
     return _Run(torch.cat(hidden), facts, head)
 
 
-def _forward(decoder: Any, ids: Tensor, cache: Any) -> Tensor:
+def _forward(decoder: Any, ids: Tensor, cache: Any, chunk: int) -> Tensor:
     """(windows, ctx) ids -> (windows, ctx, hidden); with a cache in pieces, since masks grow with their square."""
     if cache is None:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
     parts = [
-        decoder(input_ids=ids[:, i : i + PIECE], past_key_values=cache, use_cache=True).last_hidden_state
-        for i in range(0, ids.shape[1], PIECE)
+        decoder(input_ids=ids[:, i : i + chunk], past_key_values=cache, use_cache=True).last_hidden_state
+        for i in range(0, ids.shape[1], chunk)
     ]
     return torch.cat(parts, 1)
 
 
-def _facts(s: Scheme, cache: Any, ids: Tensor) -> dict[str, Any]:
+def _facts(s: Scheme, cache: Any, ids: Tensor, chunk: int) -> dict[str, Any]:
     """Bits, bytes and kernel of the first batch."""
     out: dict[str, Any] = {"cache_tokens": ids.numel()}
     if _has_kv(s):
         size = cache.nbytes()
         key_bits, value_bits = cache.bits()
         layout, dtype = cache.ours[0].cache.layout, cache.ours[0].cache.buf.ring_k.dtype
-        kernels = {row["op"]: row["kernel"] for row in explain(layout, ids.device, dtype, layout.kv.chunk)}
+        kernels = {row["op"]: row["kernel"] for row in explain(layout, ids.device, dtype, min(chunk, layout.kv.chunk))}
         same = set(kernels.values())
         kernel = same.pop() if len(same) == 1 else ", ".join(f"{op}: {k}" for op, k in kernels.items())
         out |= {"key_bits": key_bits, "value_bits": value_bits, "kernel": kernel}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from turboquant.evaluate.errors import EvaluateError
 from turboquant.evaluate.texts import read_texts, windows
 from turboquant.layers.convert import Plan, Quantized, experts_products, quantized
+from turboquant.layers.moments import Progress, moments_of
 from turboquant.recipe import Recipe, parse_recipe
 
 NF4 = (
@@ -110,11 +111,18 @@ def linear_scheme(model: Any, s: Any, moments: Any = None) -> Iterator[None]:
 
 
 def _stored(model: Any) -> Recipe | None:
-    """The recipe of a model that holds quantized layers already."""
+    """The recipe of a model that holds quantized layers already, None of any other."""
     if not any(isinstance(m, Quantized) for m in model.modules()):
         return None
     config = getattr(model.config, "quantization_config", None)
     return parse_recipe(config.recipe) if config is not None else Recipe()
+
+
+def folder_recipe(model: Any) -> Recipe | None:
+    """What the folder that a model came from was written with, None if it says nothing of a recipe."""
+    config = getattr(model.config, "quantization_config", None)
+    recipe = parse_recipe(getattr(config, "recipe", Recipe()))
+    return recipe if recipe != Recipe() else None
 
 
 @contextmanager
@@ -167,70 +175,12 @@ def linear_bits(model: Any, s: Any) -> dict[str, float]:
     }
 
 
-@torch.no_grad()
 def collect_moments(
-    model: Any, tokenizer: Any, text: str | Path, tokens: int = 4096, ctx: int = 512
+    model: Any, tokenizer: Any, text: str | Path, tokens: int = 4096, ctx: int = 512, progress: Progress | None = None
 ) -> dict[str, Tensor]:
     """Second moments of the inputs of a model's linear layers on a text: name -> (K, K) fp32.
 
     Raises:
         EvaluateError: the text is too short.
     """
-    return moments_of(model, windows(tokenizer, read_texts(text), ctx, tokens))
-
-
-@torch.no_grad()
-def own_words(model: Any, tokens: int = 4096, ctx: int = 128, seed: int = 0) -> Tensor:
-    """(tokens/ctx, ctx) token ids that a model says itself, at temperature 1, each row after one random token.
-
-    The ids depend on the seed alone for a given model and device; torch's own random state is left as it was.
-    """
-    rows = -(-tokens // ctx)
-    draw = torch.Generator().manual_seed(seed)
-    first = torch.randint(0, model.get_input_embeddings().weight.shape[0], (rows, 1), generator=draw).to(model.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        ids: Tensor = model.generate(
-            first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            min_new_tokens=ctx - 1, max_new_tokens=ctx - 1, pad_token_id=0,
-        )  # fmt: skip
-    return ids
-
-
-def random_moments(model: Any, tokens: int = 4096, ctx: int = 256, seed: int = 0) -> dict[str, Tensor]:
-    """Second moments of the inputs of a model's linear layers on tokens drawn uniformly: no data is needed."""
-    draw = torch.Generator().manual_seed(seed)
-    size = model.get_input_embeddings().weight.shape[0]
-    return moments_of(model, torch.randint(0, size, (-(-tokens // ctx), ctx), generator=draw))
-
-
-def own_moments(model: Any) -> dict[str, Tensor]:
-    """Second moments on `own_words`: no data but what the model was made of."""
-    return moments_of(model, own_words(model))
-
-
-@torch.no_grad()
-def moments_of(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    """Second moments of the inputs of a model's linear layers on token ids (rows, ctx): name -> (K, K) fp32."""
-    ids = ids.to(model.device)
-    head, handles = model.get_output_embeddings(), []
-    out: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def add(module: nn.Module, args: tuple) -> None:
-            x = args[0].detach().float().flatten(0, -2)
-            new = x.T @ x / ids.numel()
-            out[name] = out[name] + new if name in out else new
-
-        return add
-
-    for name, m in model.named_modules():
-        if isinstance(m, nn.Linear) and m is not head:
-            handles.append(m.register_forward_pre_hook(hook(name)))
-    try:
-        for i in range(0, len(ids), 4):
-            model.get_decoder()(input_ids=ids[i : i + 4], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return out
+    return moments_of(model, windows(tokenizer, read_texts(text), ctx, tokens), progress)

@@ -3,18 +3,18 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from turboquant.evaluate.errors import EvaluateError
-from turboquant.evaluate.linear import collect_moments, own_moments, random_moments
+from turboquant.evaluate.linear import collect_moments
 from turboquant.evaluate.models import load
 from turboquant.layers.convert import Quantized
+from turboquant.layers.moments import FEEDBACK, Progress, check_feedback, moments_without_data
 from turboquant.recipe import parse_recipe
-
-WITHOUT_TEXT = {"self": own_moments, "random": random_moments}
-Progress = Callable[[str, int, int], None]
 
 
 def quantize(
@@ -34,8 +34,9 @@ def quantize(
         name, dtype, device: as for `models.load`; GGUF files too.
         out: a folder that does not exist yet or is empty; written whole or not at all.
         keep: modules whose weights stay as they are. overrides: pattern -> recipe, as of TurboQuantConfig.
-        feedback: what second moments are collected on, for error feedback in 4-bit weights: a text; "self" for
-            4,096 tokens that the model says itself, "random" for as many random ones: these two need no data.
+        feedback: what second moments are collected on, for error feedback: a text; "self" for 4,096 tokens that the
+            model says itself ("self:FILE" keeps them, and goes on with what the file holds), "random" for as many
+            random ones: these need no data.
 
     Returns:
         rows of `layers.convert.quantize_model`, and {"recipe", "weights", "bits_per_weight", "linear_before",
@@ -50,10 +51,7 @@ def quantize(
     config = TurboQuantConfig(recipe, list(keep), overrides)
     if parse_recipe(recipe).weights is None:
         raise EvaluateError(f"recipe {recipe!r} leaves the weights alone: name one with w4 or w8, nothing needs saving")
-    if feedback and str(feedback) not in WITHOUT_TEXT and not Path(feedback).is_file():
-        raise EvaluateError(f"feedback={str(feedback)!r}: no such file; give a text, 'self' or 'random'")
-    if feedback and parse_recipe(recipe).weights.bits != 4:  # type: ignore[union-attr]
-        raise EvaluateError(f"recipe {recipe!r} has no use for feedback: it is for weights of 4 bit")
+    check_source(feedback)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EvaluateError(f"{out} exists and is not an empty folder")
@@ -63,10 +61,7 @@ def quantize(
     if any(isinstance(m, Quantized) for m in model.modules()):
         raise EvaluateError(f"{name} is quantized already: name the model that it was made from")
     before = _bytes(model)
-    moments = None
-    if feedback:
-        without = WITHOUT_TEXT.get(str(feedback))
-        moments = without(model) if without else collect_moments(model, tokenizer, feedback)
+    moments = feedback_moments(model, tokenizer, feedback, progress) if feedback else None
     rows = quantize_loaded(model, config, moments, progress)
     packed = [r for r in rows if r["bits"] is not None]
     if not packed:
@@ -97,6 +92,29 @@ def quantize(
         "error": (sum(r["error"] ** 2 * _numbers(r) for r in packed) / numbers) ** 0.5,
     }
     return rows, summary
+
+
+def check_source(feedback: Path | str | None) -> None:
+    """Refuse what `feedback_moments` could not use.
+
+    Raises:
+        EvaluateError, FeedbackError: no such text, or a word that is not known.
+    """
+    if feedback is None:
+        return
+    if str(feedback).partition(":")[0] in FEEDBACK:
+        check_feedback(str(feedback))
+    elif not Path(feedback).is_file():
+        raise EvaluateError(f"feedback={str(feedback)!r}: no such file; give a text, 'self' or 'random'")
+
+
+def feedback_moments(
+    model: Any, tokenizer: Any, feedback: Path | str, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """Second moments for error feedback, from what `quantize` takes as `feedback`."""
+    if str(feedback).partition(":")[0] in FEEDBACK:
+        return moments_without_data(model, str(feedback), progress)
+    return collect_moments(model, tokenizer, feedback, progress=progress)
 
 
 def _numbers(row: dict[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -50,9 +51,13 @@ class Plan:
     def __post_init__(self) -> None:
         check_overrides("overrides", self.overrides, "linear", "weights or activations")
 
+    def skips(self, name: str) -> bool:
+        """Whether a module is among those named to stay as they are."""
+        return any(name == s or name.endswith("." + s) for s in self.skip)
+
     def of(self, name: str) -> Recipe | None:
         """The linear recipe of a module, None if it stays as it is."""
-        if any(name == s or name.endswith("." + s) for s in self.skip):
+        if self.skips(name):
             return None
         for pattern, recipe in self.overrides.items():
             if re.search(pattern, name):
@@ -60,11 +65,12 @@ class Plan:
         return self.recipe.linear
 
 
-def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = ()) -> None:
-    """Refuse names to leave alone, and patterns, that fit no module.
+def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = (), head: nn.Module | None = None) -> None:
+    """Refuse names to leave alone, and patterns, that fit no module; warn of patterns that decide nothing.
 
     Args:
         asked: of `plan.skip`, those that the user gave.
+        head: the output embeddings, which an override decides only by head=8 or against it.
 
     Raises:
         RecipeError: one that fits none.
@@ -73,9 +79,28 @@ def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = ()) -> None
     for skip in asked:
         if not any(n == skip or n.endswith("." + skip) for n in names):
             raise RecipeError(f"{skip!r}, to be left as it is, names no module of this model")
-    for pattern in plan.overrides:
+    for pattern, recipe in plan.overrides.items():
         if not any(re.search(pattern, n) for n in names):
             raise RecipeError(f"the override {pattern!r} fits no module of this model")
+        if not any(_decides(plan, pattern, recipe, n, m is head) for n, m in model.named_modules() if _layer(m)):
+            why = "names the output embeddings alone, which stay as they are without head=8"
+            if not any(m is head and re.search(pattern, n) for n, m in model.named_modules()):
+                why = "fits no linear layer that another override or modules_to_not_convert leaves to it"
+            warnings.warn(f"the override {pattern!r} decides nothing: it {why}", stacklevel=3)
+
+
+def _layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Quantized) or experts_products(module) is not None
+
+
+def _decides(plan: Plan, pattern: str, recipe: str, name: str, is_head: bool) -> bool:
+    """Whether of all overrides it is this one that says what becomes of a layer."""
+    if plan.skips(name) or next((p for p in plan.overrides if re.search(p, name)), None) != pattern:
+        return False
+    if not is_head:
+        return True
+    asked = plan.recipe if recipe == "none" else parse_recipe(recipe)
+    return asked.weights is not None and asked.weights.head > 0
 
 
 def experts_products(module: nn.Module) -> tuple[str, str] | None:

@@ -15,6 +15,7 @@ from turboquant.integrations.transformers.attention import NAME
 from turboquant.integrations.transformers.cache import TurboQuantCache
 from turboquant.layers.cache import CacheError
 from turboquant.layers.convert import Plan
+from turboquant.layers.moments import check_feedback
 from turboquant.packed.checkpoint import FORMAT, CheckpointError, check_format
 from turboquant.recipe import Recipe, RecipeError, parse_recipe
 
@@ -82,10 +83,14 @@ class TurboQuantConfig(QuantizationConfigMixin):
         recipe: "kv4", "w4a8kv4", "w8a8", ...; see `turboquant.parse_recipe`.
         modules_to_not_convert: names of modules whose weights stay as they are, whole or the last parts of a name.
         overrides: regular expression -> recipe for the modules whose name it finds, "none" for none; the first decides.
+        feedback: error feedback while weights are quantized: "self" along 4,096 tokens that the model says itself,
+            "self:FILE" keeps them and goes on with what the file holds, "random" along as many random ones. The whole
+            unquantized model is loaded for it. Not saved with the model.
         format: of the saved weights; set by `save_pretrained`.
 
     Raises:
         RecipeError: an unknown recipe, or a pattern that is no regular expression.
+        FeedbackError: feedback that needs a text, or is not known.
         CheckpointError: a format of a newer version, or 1 with output embeddings that are read otherwise now.
     """
 
@@ -95,12 +100,13 @@ class TurboQuantConfig(QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         overrides: Mapping[str, str] | None = None,
         format: int = FORMAT,
+        feedback: str | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.pop("quant_method", None)
         if kwargs:
             raise ValueError(
-                f"TurboQuantConfig takes recipe=..., modules_to_not_convert=... and overrides=..., "
+                f"TurboQuantConfig takes recipe=..., modules_to_not_convert=..., overrides=... and feedback=..., "
                 f"got also {sorted(kwargs)}"
             )
         check_format(format, "quantization_config")
@@ -111,12 +117,21 @@ class TurboQuantConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.overrides = dict(overrides or {})
         self.format = format
+        self.feedback = feedback
+        if feedback is not None:
+            check_feedback(feedback)
         self.plan()
         for asked in (self.recipe, *(r for r in self.overrides.values() if r != "none")):
             r = parse_recipe(asked)
             if format == 1 and r.weights and r.weights.head and r.activations and r.activations.bits == 8:
                 raise CheckpointError(f"quantization_config: format 1 with {asked}: its output embeddings are not "
                                       "rotated as this version reads them; quantize the model anew")  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        out: dict[str, Any] = super().to_dict()
+        out.pop("feedback", None)
+        return out
 
     def plan(self) -> Plan:
         """What to quantize how."""

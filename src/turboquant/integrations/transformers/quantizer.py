@@ -23,6 +23,7 @@ from turboquant.layers.convert import (
     targets,
 )
 from turboquant.layers.fused import fuse
+from turboquant.layers.moments import moments_without_data
 from turboquant.packed.checkpoint import CheckpointError, check
 from turboquant.recipe import parse_recipe
 
@@ -64,11 +65,14 @@ class TurboQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Any = None, dtype: Any = None, **kwargs: Any
     ) -> Any:
         plan = self.quantization_config.plan()
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = _head(model)
         tied = bool(getattr(model, "all_tied_weights_keys", None))
         fresh = not self.pre_quantized
         if fresh:
-            check_names(model, plan, self.quantization_config.modules_to_not_convert)
+            check_names(model, plan, self.quantization_config.modules_to_not_convert, head)
+            if self.quantization_config.feedback:
+                list(targets(model, plan, head))  # refuses now what it cannot pack
+                return model  # as it is, for it has to run first: see _process_model_after_weight_loading
         for name, module, recipe in list(targets(model, plan, head)):
             if module is head and tied:
                 continue  # its weight is the input embeddings': see _process_model_after_weight_loading
@@ -109,13 +113,15 @@ class TurboQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         recipe = parse_recipe(self.quantization_config.recipe)
+        if self.quantization_config.feedback and not self.pre_quantized:
+            return self._with_feedback(model)
         empty = [
             f"{n}.{k}" for n, m in model.named_modules() if isinstance(m, Quantized) for k, s in m.slots.items()
             if s.recipe.weights is not None and getattr(m, k).dtype != torch.uint8
         ]  # fmt: skip
         if empty:
             raise CheckpointError(f"the checkpoint has no tensor for {empty[0]!r}: it stays unquantized and empty")
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = _head(model)
         plan = self.quantization_config.plan()
         todo = [(n, m) for n, m, _ in targets(model, plan, head) if m is head]
         if todo and not self.pre_quantized:
@@ -133,6 +139,23 @@ class TurboQuantizer(HfQuantizer):
             model._weight_conversions = []
         if recipe.kv is not None:
             self.attached = attach(model, recipe)
+        return model
+
+    def _with_feedback(self, model: Any) -> Any:
+        from transformers.utils.logging import tqdm
+
+        bars: dict[str, Any] = {}
+
+        def show(what: str, done: int, of: int) -> None:
+            bar = bars.get(what) or bars.setdefault(what, tqdm(total=of, desc=what))
+            bar.update(done - bar.n)
+            if done == of:
+                bar.close()
+
+        config = self.quantization_config
+        assert config.feedback is not None
+        moments = moments_without_data(model.eval(), config.feedback, show)
+        self.attached = _quantize_loaded(model, config, moments, show)[1]
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -162,7 +185,7 @@ def quantize(
     """Quantize a model that is loaded already (from a GGUF file, say), so that it can be used and saved.
 
     Args:
-        moments, progress: as of `layers.convert.quantize_model`.
+        moments, progress: as of `layers.convert.quantize_model`; moments take the place of the config's feedback.
 
     Returns:
         its rows, one a weight.
@@ -171,18 +194,32 @@ def quantize(
         RecipeError: before anything is changed.
     """
     config = config if isinstance(config, TurboQuantConfig) else TurboQuantConfig(config)
-    plan, recipe = config.plan(), parse_recipe(config.recipe)
-    check_names(model, plan, config.modules_to_not_convert)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    check_names(model, config.plan(), config.modules_to_not_convert, _head(model))
+    if config.feedback and moments is None:
+        moments = moments_without_data(model, config.feedback, progress)
+    rows, attached = _quantize_loaded(model, config, moments, progress)
+    model.config.quantization_config = config
+    model.hf_quantizer = TurboQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.attached = attached
+    model.is_quantized, model.quantization_method = True, NAME
+    return rows
+
+
+def _quantize_loaded(
+    model: Any, config: TurboQuantConfig, moments: Mapping[str, Tensor] | None, progress: Any
+) -> tuple[list[dict[str, Any]], Any]:
+    """Rows of `quantize_model`, and the handle of the cache."""
+    plan, recipe, head = config.plan(), parse_recipe(config.recipe), _head(model)
     if any(m is head for _, m, _ in list(targets(model, plan, head))) and getattr(model, "all_tied_weights_keys", None):
         untie(model)
     rows = quantize_model(model, plan, head, moments, progress)
-    model.config.quantization_config = config
-    model.hf_quantizer = TurboQuantizer(config, pre_quantized=True)
-    model.is_quantized, model.quantization_method, model._weight_conversions = True, NAME, []
-    if recipe.kv is not None:
-        model.hf_quantizer.attached = attach(model, recipe)
-    return rows
+    model._weight_conversions = []  # the saved names are the modules' own
+    return rows, attach(model, recipe) if recipe.kv is not None else None
+
+
+def _head(model: Any) -> Any:
+    """The output embeddings, None if there are none."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def untie(model: Any) -> None:

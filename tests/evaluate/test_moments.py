@@ -1,0 +1,52 @@
+"""Words that a model says for its own error feedback: what is kept of them in a file."""
+
+import json
+
+import pytest
+import torch
+
+from turboquant.layers.moments import FeedbackError, moments_without_data, own_words
+
+
+def test_words_go_on_where_they_stopped(tiny_llama, tmp_path):
+    file, said = tmp_path / "words.json", []
+    whole = own_words(tiny_llama, 24 * 8, 8)
+    assert whole.shape == (24, 8) and len({tuple(r) for r in whole.tolist()}) > 20
+
+    def stop(what, done, of):
+        said.append(done)
+        if done > 100:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        own_words(tiny_llama, 24 * 8, 8, file=file, progress=stop)
+    assert len(json.loads(file.read_text())["rows"]) == 8, "the rows that were finished"
+    said.clear()
+    again = own_words(tiny_llama, 24 * 8, 8, file=file, progress=lambda what, done, of: said.append((what, done, of)))
+    assert torch.equal(again, whole) and said[0][1] > 64 and said[-1] == ("own words", 192, 192)
+    before = file.read_bytes()
+    assert torch.equal(own_words(tiny_llama, 24 * 8, 8, file=file, progress=lambda *_: pytest.fail("said")), whole)
+    assert file.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["words.json"]
+
+
+def test_words_of_something_else_are_refused(tiny_llama, tmp_path):
+    file = tmp_path / "words.json"
+    own_words(tiny_llama, 64, 8, file=file)
+    with pytest.raises(FeedbackError, match="another model"):
+        own_words(tiny_llama, 64, 16, file=file)
+    weight = next(tiny_llama.parameters()).data
+    weight[-1, -1] += 1
+    try:
+        with pytest.raises(FeedbackError, match="another model"):
+            own_words(tiny_llama, 64, 8, file=file)
+    finally:
+        weight[-1, -1] -= 1
+    file.write_text("[]")
+    with pytest.raises(FeedbackError, match="no words"):
+        own_words(tiny_llama, 64, 8, file=file)
+
+
+def test_progress_of_moments(tiny_llama):
+    said = []
+    moments_without_data(tiny_llama, "random", lambda *what: said.append(what))
+    assert said[-1] == ("second moments", 4096, 4096) and len(said) == 4
