@@ -2,9 +2,10 @@
 
 python benchmarks/linear_fidelity.py --model model.gguf --text prose.txt --text tech.txt --text code.txt --json out.json
 
-24,576 tokens, paired, with standard errors. `--feedback FILE` adds rows of w4 with error feedback along second moments
-that the model collects on that text (which must not be one that is measured); `--feedback self` on what it says
-itself. Rows are kept in the JSON file as they come, and a rerun goes on where it stopped.
+24,576 tokens, paired, with standard errors. `--feedback FILE` adds rows with error feedback along second moments that
+the model collects on that text (which must not be one that is measured); `--feedback self` on what it says itself: of
+the recipes that are given, else of a few. Rows are kept in the JSON file as they come, and a rerun goes on where it
+stopped.
 """
 
 import argparse
@@ -23,7 +24,7 @@ SCHEMES = (
     "w4a8:clip=0", "w8a4", "w4a4", "w8a8-token", "llm-int8",
     "w8a8kv4", "w4a8kv4", "w4a8kv4:group=32", "w8a4kv4", "w4a4kv4",
 )  # fmt: skip
-FEEDBACK = ("w4", "w4a8", "w4a8:group=0", "w4a8kv4")
+FEEDBACK = ("w4", "w4a8", "w4a8:group=0", "w4a8kv4", "w8a8kv4")
 COLUMNS = (
     ("recipe", "{}"), ("weight_bits", "{:.2f}"), ("activation_bits", "{:.2f}"), ("dppl_percent", "{:+.2f} %"),
     ("dppl_se", "± {:.2f}"), ("kl", "{:.5f}"), ("kl_se", "± {:.5f}"), ("top1", "{:.2f}"), ("match", "{:.2f}"),
@@ -66,10 +67,13 @@ def main() -> None:
     args = p.parse_args()
 
     from turboquant.evaluate import fidelity
+    from turboquant.evaluate.linear import LINEAR_BASELINES
     from turboquant.evaluate.models import load
-    from turboquant.evaluate.quantizing import feedback_moments
+    from turboquant.evaluate.quantizing import check_source, feedback_moments
     from turboquant.evaluate.results import dumps, write
+    from turboquant.recipe import parse_recipe
 
+    check_source(args.feedback)
     if args.threads:
         torch.set_num_threads(args.threads)
     began = time.time()
@@ -96,7 +100,10 @@ def main() -> None:
     if args.feedback:
         moments = feedback_moments(model, tokenizer, args.feedback, say)
         print(f"{time.time() - began:.0f} s second moments", file=sys.stderr, flush=True)
-        rows += fidelity(model, tokenizer, FEEDBACK, args.text, args.ctx, args.tokens, moments=moments, **shared)
+        with_weights = [r for r in args.recipe or () if r not in LINEAR_BASELINES and parse_recipe(r).weights]
+        rows += fidelity(
+            model, tokenizer, with_weights or FEEDBACK, args.text, args.ctx, args.tokens, moments=moments, **shared
+        )
     info = machine(args.commit)
     write(args.json.with_suffix(".machine.json"), dumps(info))
     print(markdown(rows, info))
