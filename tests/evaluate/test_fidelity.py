@@ -10,11 +10,12 @@ from turboquant.evaluate import EvaluateError, fidelity
 from turboquant.evaluate.fidelity import _forward, _statistics, standard_error
 from turboquant.evaluate.heads import Head
 from turboquant.integrations.transformers import TurboQuantCache
+from turboquant.kernels.ops import BackendError
 from turboquant.recipe import RecipeError
 
 SCHEMA = {
     "recipe": str, "model": str, "dtype": str, "device": str, "kernel": str, "text": str, "version": str,
-    "ctx": int, "tokens": int, "stride": int, "cache_tokens": int, "nonfinite": int,
+    "ctx": int, "tokens": int, "stride": int, "chunk": type(None), "backend": str, "cache_tokens": int, "nonfinite": int,
     "cache_bytes": int, "ring_bytes": int, "state_bytes": int, "base_cache_bytes": int,
     "ppl_base": float, "ppl": float, "dppl_percent": float, "dppl_se": float, "kl": float, "kl_se": float,
     "top1": float, "top1_se": float, "match": float, "match_se": float,
@@ -47,6 +48,22 @@ def test_row_has_every_column_with_its_type(rows):
     for row in rows.values():
         assert {k: type(v) for k, v in row.items()} == SCHEMA
         json.dumps(row, allow_nan=False)
+
+
+def test_chunks_read_what_whole_windows_read(rows, tiny_llama, tiny_tokenizer, prose):
+    """Every row reads its pages either way; the passes are as long as was asked, for the base too."""
+    passes = []
+    handle = tiny_llama.get_decoder().register_forward_pre_hook(
+        lambda m, a, kw: passes.append(kw["input_ids"].shape[1]), with_kwargs=True
+    )
+    options = dict(ctx=512, tokens=1024, name="tiny", chunk=100, backend="reference")
+    (row,) = fidelity(tiny_llama, tiny_tokenizer, ["kv4"], prose, **options)
+    handle.remove()
+    assert passes.count(100) == 2 * 5 and passes.count(12) == 2 and row["kernel"] == row["backend"] == "reference"
+    for key in ("ppl", "kl", "top1", "match"):
+        assert row[key] == pytest.approx(rows["kv4"][key], rel=0.02), key
+    with pytest.raises(BackendError, match="cuda"):
+        fidelity(tiny_llama, tiny_tokenizer, ["kv4"], prose, **options | {"backend": "cuda"})
 
 
 def test_base_is_exactly_nothing(rows):
@@ -143,6 +160,7 @@ def test_the_model_is_left_as_it_was(tiny_llama, tiny_tokenizer, prose):
         ({"tokens": 10**6}, EvaluateError, ["tokens=1000000", "windows"]),
         ({"ctx": 1}, EvaluateError, ["ctx=1"]),
         ({"stride": 0}, EvaluateError, ["stride=0"]),
+        ({"chunk": 0}, EvaluateError, ["chunk=0"]),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(

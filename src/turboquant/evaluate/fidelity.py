@@ -218,7 +218,7 @@ def _run(
     return _Run(torch.cat(hidden), facts, head)
 
 
-def _forward(decoder: Any, ids: Tensor, cache: Any, chunk: int) -> Tensor:
+def _forward(decoder: Any, ids: Tensor, cache: Any, chunk: int = PIECE) -> Tensor:
     """(windows, ctx) ids -> (windows, ctx, hidden); with a cache in pieces, since masks grow with their square."""
     if cache is None:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
