@@ -57,8 +57,7 @@ TQ_INLINE void token_scales(const Spec& s, const uint8_t* page, int64_t plain_at
     for (int t = 0; t < s.page; t += 16) store(out + t, load_as(page + plain_at, F16, t));
     return;
   }
-  const float base = header_half(page + base_at);
-  const V16 b = set1(base);
+  const V16 b = set1(half_at(page + base_at));
   for (int t = 0; t < s.page; t += 16) store(out + t, mul(b, token_scale16(s, page + log_at + t)));
 }
 
@@ -93,14 +92,15 @@ TQ_INLINE void add_hot(float* x, const float* scale, V16 constant, const float* 
   V16 y[NV];
   for (int v = 0; v < NV; v++) y[v] = fma(load(x + 16 * v), load(scale + 16 * v), constant);
   for (int i = 0; i < count; i++) {
-    for (int v = 0; v < NV; v++) y[v] = fma(set1(q[i]), load(hot + i * P + 16 * v), y[v]);
+    for (int v = 0; v < NV; v++) y[v] = fma(set1(q[i * ROWS]), load(hot + i * P + 16 * v), y[v]);
   }
   for (int v = 0; v < NV; v++) store(x + 16 * v, y[v]);
 }
 
-// What a page's header says: scales of tokens; s·sign·norm and s·mean of channels, 0 for hot ones; the hot channels.
+// What a page's header says: scales of tokens; s·sign·norm and s·mean of channels, 0 for hot ones; the hot channels,
+// whose numbers are mean + step·code.
 struct Header {
-  float key_scale[MAX_PAGE], value_scale[MAX_PAGE], hot_mean[MAX_HOT];
+  float key_scale[MAX_PAGE], value_scale[MAX_PAGE], hot_mean[MAX_HOT], hot_step[MAX_HOT];
   int hot_index[MAX_HOT];
 
   void read(const Spec& s, const uint8_t* page, Scratch& w) {
@@ -110,12 +110,12 @@ struct Header {
     for (int i = 0; i < s.hot; i++) {
       const int channel = hot_index[i] = page[s.key_hot_index + i];
       cold[channel / 64] &= ~(1ull << channel % 64);
-      hot_mean[i] = header_half(page + s.key_hot_mean + 2 * i);
-      const V16 step = set1(header_half(page + s.key_hot_step + 2 * i));
+      hot_mean[i] = half_at(page + s.key_hot_mean + 2 * i);
+      hot_step[i] = half_at(page + s.key_hot_step + 2 * i);
       const uint8_t* codes = page + s.key_hot_codes + int64_t(i) * s.page;
-      for (int t = 0; t < s.page; t += 16) store(w.hot + i * s.page + t, mul(from_i8(codes + t), step));
+      for (int t = 0; t < s.page; t += 16) store(w.hot + i * s.page + t, from_i8(codes + t));
     }
-    const V16 norm = set1(s.norm), step = set1(s.plain ? 0.0f : header_half(page + s.key_mean_step));
+    const V16 norm = set1(s.norm), step = set1(s.plain ? 0.0f : half_at(page + s.key_mean_step));
     for (int k = 0; k < s.d; k += 16) {
       const V16 turn = mul(load(s.signs + k), norm);
       if (s.plain) {
@@ -147,15 +147,24 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
   const Table key_table = make_table(s.key_levels, s.key_bits, !s.plain),
               value_table = make_table(s.value_levels, s.value_bits, !s.plain);
   Header head;
-  float constant[ROWS], q_hot[ROWS][MAX_HOT];
+  float constant[ROWS] = {}, hot[MAX_HOT][ROWS], q_hot[MAX_HOT][ROWS];
+  int hot_now[MAX_HOT];
+  for (int i = 0; i < s.hot; i++) {
+    hot_now[i] = -1;
+    for (int r = 0; r < ROWS; r += 16) store(hot[i] + r, zero());
+  }
   const bool integer = INTEGER && !s.plain, fine = c.q.dtype == F32, fused = !integer && rows <= FUSED_ROWS;
-  const bool turn_in_registers = integer && (d == 64 || d == 128), softmax_in_registers = integer && P == 64 && c.softcap == 0;
+  const bool turn_in_registers = integer && (d == 64 || d == 128);
+  const bool softmax_in_registers = integer && P == 64 && c.softcap == 0;
+  const bool nibble_keys = turn_in_registers && P == 64 && s.key_bits == 4;
+  const bool nibble_values = integer && P == 64 && d % 32 == 0 && s.value_bits == 4;
+  const float scaling = softmax_in_registers ? c.scaling * LOG2_E : c.scaling;
   IntegerScratch whole(s, w.integer);
   Span span[ROWS];
   int64_t lo = INT64_MAX, hi = 0;
   for (int r = 0; r < rows; r++) {
     load_query(c, b, h, r0 + r, raw + r * LD);
-    for (int k = 0; k < d; k += 16) store(raw + r * LD + k, mul(load(raw + r * LD + k), set1(c.scaling)));
+    for (int k = 0; k < d; k += 16) store(raw + r * LD + k, mul(load(raw + r * LD + k), set1(scaling)));
     span[r] = packed_span(c, c.start[b], c.position[int64_t(b) * c.n + (r0 + r) / c.group]);
     if (span[r].lo < span[r].hi) {
       lo = span[r].lo < lo ? span[r].lo : lo;
@@ -173,21 +182,31 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
     head.read(s, page, w);
     if (turn_in_registers) {  // q' and the constant of each row
       const auto turn_ = d == 64 ? (fine ? turn_digits<3, 4> : turn_digits<2, 4>) : fine ? turn_digits<3, 8> : turn_digits<2, 8>;
-      turn_(raw, w.scale, w.mean, turned, constant, rows, whole.x);
+      turn_(raw, w.scale, w.mean, turned, constant, rows, nibble_keys, whole.x);
     }
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < rows && !turn_in_registers; r++) {
       const float* q = raw + r * LD;
       float* y = turned + r * LD;
-      if (!turn_in_registers) {
-        constant[r] = d == 64    ? turn<4>(q, w.scale, w.mean, y)
-                      : d == 128 ? turn<8>(q, w.scale, w.mean, y)
-                                 : turn(q, w.scale, w.mean, d, s.block, y);
+      constant[r] = d == 64    ? turn<4>(q, w.scale, w.mean, y)
+                    : d == 128 ? turn<8>(q, w.scale, w.mean, y)
+                               : turn(q, w.scale, w.mean, d, s.block, y);
+    }
+    for (int i = 0; i < s.hot; i++) {
+      if (hot_now[i] == head.hot_index[i]) continue;  // the same for many pages
+      hot_now[i] = head.hot_index[i];
+      for (int r = 0; r < rows; r++) hot[i][r] = raw[r * LD + hot_now[i]];
+    }
+    for (int r = 0; r < rows; r += 16) {
+      V16 sum = load_quads(constant + r);
+      for (int i = 0; i < s.hot; i++) {
+        sum = fma(load(hot[i] + r), set1(head.hot_mean[i]), sum);
+        store(q_hot[i] + r, mul(load(hot[i] + r), set1(head.hot_step[i])));
       }
-      for (int i = 0; i < s.hot; i++) constant[r] += (q_hot[r][i] = q[head.hot_index[i]]) * head.hot_mean[i];
+      store(constant + r, sum);
     }
     ahead.some();
-    if (integer && !turn_in_registers) (fine ? digits_of<3> : digits_of<2>)(turned, LD, rows, d, whole.x);
-    if (integer) (fine ? integer_dot<3> : integer_dot<2>)(s, turned, rows, page + s.key_codes, w.s, P, whole);
+    if (integer && !turn_in_registers) (fine ? digits_of<3, false> : digits_of<2, false>)(turned, LD, rows, d, whole.x);
+    if (integer) (fine ? integer_dot<3> : integer_dot<2>)(s, turned, rows, page + s.key_codes, w.s, P, nibble_keys, whole);
     if (fused) fused_dot(turned, rows, page + s.key_codes, s.key_row, P, d, key_table, w.s, P);
     for (int t = 0; t < P && !fused && !integer; t += TILE) {
       const int count = P - t < TILE ? P - t : TILE;
@@ -203,15 +222,15 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
       float* x = w.s + r * P;
       const int64_t begin = span[r].lo - from, end = span[r].hi - from;
       int t = 0;
-      for (; t + 64 <= P; t += 64) add_hot<4>(x + t, head.key_scale + t, set1(constant[r]), q_hot[r], w.hot + t, s.hot, P);
-      for (; t < P; t += 16) add_hot<1>(x + t, head.key_scale + t, set1(constant[r]), q_hot[r], w.hot + t, s.hot, P);
+      for (; t + 64 <= P; t += 64) add_hot<4>(x + t, head.key_scale + t, set1(constant[r]), q_hot[0] + r, w.hot + t, s.hot, P);
+      for (; t < P; t += 16) add_hot<1>(x + t, head.key_scale + t, set1(constant[r]), q_hot[0] + r, w.hot + t, s.hot, P);
       for (int64_t t = 0; t < begin && t < P; t++) x[t] = -INFINITY;
       for (int64_t t = end > 0 ? end : 0; t < P; t++) x[t] = -INFINITY;
       softmax_row(x, head.value_scale, P, d, c.softcap, run.m[r], run.l[r], run.o + r * LD);
     }
     ahead.some();
-    if (integer && !softmax_in_registers) (fine ? digits_of<3> : digits_of<2>)(w.s, P, rows, P, whole.x);
-    if (integer) (fine ? integer_mix<3> : integer_mix<2>)(s, w.s, P, rows, page + s.value_codes, run.o, whole);
+    if (integer && !softmax_in_registers) (fine ? digits_of<3, true> : digits_of<2, true>)(w.s, P, rows, P, whole.x);
+    if (integer) (fine ? integer_mix<3> : integer_mix<2>)(s, w.s, P, rows, page + s.value_codes, run.o, nibble_values, whole);
     if (fused) fused_mix(w.s, P, rows, page + s.value_codes, s.value_row, P, d, value_table, run.o);
     for (int t = 0; t < P && !fused && !integer; t += TILE) {
       const int count = P - t < TILE ? P - t : TILE;
@@ -219,6 +238,7 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
       mix_tile(w.s + t, P, rows, w.tile, count, d, run.o);
     }
   }
+  if (softmax_in_registers) natural(run, rows, d);
 }
 
 static void finish(const Call& c, int b, int h, int r0, int r1, Rows packed, Rows exact_) {

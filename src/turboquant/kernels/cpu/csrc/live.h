@@ -1,8 +1,10 @@
 // A page of 64 tokens of a live recipe, head_dim 64 or 128: a row of it stays in registers from the turned query to its
-// digits and from the logits to the digits of the probabilities. The same arithmetic as the loops in attend.cpp.
+// digits and from the logits to the digits of the weights. Logits are in powers of two here (queries carry log2 e), and a
+// page's probabilities are relative to its own largest, so that no digit is idle: what they are of the row's largest goes
+// into the unit of the digits.
 #pragma once
 #include "exact.h"
-#include "integer.h"
+#include "nibbles.h"
 
 namespace tq {
 namespace TQ_ISA {
@@ -43,11 +45,25 @@ struct Span {  // tokens lo <= j < hi that a row reads
 
 struct PageRows {  // a page and its rows
   const float *key_scale, *value_scale, *hot, *constant;
-  const float (*q_hot)[MAX_HOT];
+  const float (*q_hot)[ROWS];  // (hot, rows), times the step
   const Span* span;
   int64_t from;  // position of its first token
   int hot_count, d;
 };
+
+constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.92596303e-8f, LN_2 = 0.693147181f;
+
+// 16 numbers that were stored by fours: a wider load would have to wait until they are out of the processor
+TQ_INLINE V16 load_quads(const float* p) {
+#if defined(TQ_AVX512)
+  const auto at = [p](int i) __attribute__((always_inline)) { return _mm_loadu_ps(p + i); };
+  __m512 x = _mm512_insertf32x4(_mm512_castps128_ps512(at(0)), at(4), 1);
+  x = _mm512_insertf32x4(x, at(8), 2);
+  return {_mm512_insertf32x4(x, at(12), 3)};
+#else
+  return load(p);
+#endif
+}
 
 #if defined(TQ_VNNI)
 
@@ -58,7 +74,8 @@ TQ_INLINE __m128 reduce4(__m512 a, __m512 b, __m512 c, __m512 d, F f) {
   const __m512 cd = f(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
   __m512 x = f(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
   x = f(x, _mm512_permute_ps(x, 0x4E)), x = f(x, _mm512_permute_ps(x, 0xB1));
-  return _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), x));
+  const __m512i quarters = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  return _mm512_castps512_ps128(_mm512_permutexvar_ps(quarters, x));
 }
 
 template <int RB, class T>
@@ -85,35 +102,84 @@ TQ_INLINE __m128i max_rows(const __m512i (&x)[RB]) {  // of unsigned numbers
   return _mm_castps_si128(reduce4(c(x[0]), c(x[1 % RB]), c(x[2 % RB]), c(x[3 % RB]), f));
 }
 
-// digits of RB rows in registers, from row r on, as `digits_of`; returns which rows are finite, as bits
-template <int DIGITS, int RB, int NV>
-TQ_INLINE int digits_rows(const V16 (&y)[RB][NV], int r, Digits& x) {
-  constexpr float WHOLE = DIGITS == 2 ? 32639.0f : 8355000.0f;
-  constexpr __mmask8 ALL = (1 << RB) - 1;
-  __m512i top[RB], sum[RB][DIGITS];
-  for (int i = 0; i < RB; i++) {
-    top[i] = magnitude(y[i][0]);
-    for (int v = 1; v < NV; v++) top[i] = _mm512_max_epu32(top[i], magnitude(y[i][v]));
-    for (int k = 0; k < DIGITS; k++) sum[i][k] = _mm512_setzero_si512();
+template <int RB>
+TQ_INLINE __m128 max_rows(const V16 (&x)[RB]) {
+  const auto f = [](__m512 p, __m512 q) __attribute__((always_inline)) { return _mm512_max_ps(p, q); };
+  return reduce4(x[0].a, x[1 % RB].a, x[2 % RB].a, x[3 % RB].a, f);
+}
+
+// 2^x for x <= 0, relative error below 2^-18 and 2^-22; exactly 1 at 0, 0 at -inf, NaN stays
+template <int DIGITS>
+TQ_INLINE __m512 exp2_16(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, 9);  // what is above the next smaller whole number
+  const auto c = [](float k) __attribute__((always_inline)) { return _mm512_set1_ps(k); };
+  __m512 p;
+  if (DIGITS == 2) {
+    p = _mm512_fmadd_ps(c(1.34266866e-2f), f, c(5.22424690e-2f));
+    p = _mm512_fmadd_ps(p, f, c(2.41280213e-1f));
+    p = _mm512_fmadd_ps(p, f, c(6.93044841e-1f));
+  } else {
+    p = _mm512_fmadd_ps(c(1.86713040e-3f), f, c(9.01702978e-3f));
+    p = _mm512_fmadd_ps(p, f, c(5.57999127e-2f));
+    p = _mm512_fmadd_ps(p, f, c(2.40164444e-1f));
+    p = _mm512_fmadd_ps(p, f, c(6.93151295e-1f));
   }
-  const __m128i bits = max_rows<RB>(top);
-  const __m128 largest = _mm_castsi128_ps(bits), whole = _mm_set1_ps(WHOLE);
-  const __mmask8 finite = ALL & _mm_cmplt_epu32_mask(bits, _mm_set1_epi32(0x7F800000));
-  const __mmask8 some = finite & _mm_cmp_ps_mask(largest, _mm_set1_ps(1e-30f), _CMP_GT_OQ);
-  _mm_mask_storeu_ps(x.unit + r, ALL, _mm_maskz_div_ps(some, largest, whole));
-  alignas(16) float gain[4];
-  _mm_store_ps(gain, _mm_maskz_div_ps(some, whole, largest));
-  for (int i = 0; i < RB; i++) {
-    x.finite[r + i] = finite >> i & 1;
-    for (int j = 0; j < NV; j += 4) {
-      __m512i n[4];
-      for (int v = 0; v < 4; v++) n[v] = _mm512_cvtps_epi32(_mm512_mul_ps(y[i][j + v].a, _mm512_set1_ps(gain[i])));
-      split64<DIGITS>(n, x.digit + (r + i) * DIGITS * LDW + 16 * j, sum[i]);
+  return _mm512_scalef_ps(_mm512_fmadd_ps(p, f, c(1.0f)), x);  // times 2^floor(x)
+}
+
+// y = R(q∘s) of RB rows; constant = (q∘s)·mean; top: bits of the largest magnitude
+template <int RB, int NV>
+TQ_INLINE void turn_block(const float* q, const float* scale, const float* mean, float* y, float* constant, uint32_t* top,
+                          int r) {
+  V16 sum[RB];
+  __m512i most[RB];
+  for (int j = 0; j < RB; j++) {
+    V16 x[NV];
+    sum[j] = zero();
+    for (int i = 0; i < NV; i++) {
+      x[i] = load(q + (r + j) * LD + 16 * i);
+      sum[j] = fma(x[i], load(mean + 16 * i), sum[j]);
+      x[i] = mul(x[i], load(scale + 16 * i));
+    }
+    hadamard_block<NV>(x);
+    most[j] = magnitude(x[0]);
+    for (int i = 0; i < NV; i++) {
+      most[j] = _mm512_max_epu32(most[j], magnitude(x[i]));
+      store(y + (r + j) * LD + 16 * i, x[i]);
     }
   }
-  __m512i low[RB], high[RB];
+  _mm_storeu_ps(constant + r, sum_rows<RB>(sum));
+  _mm_storeu_si128((__m128i*)(top + r), max_rows<RB>(most));
+}
+
+// units of rows whose largest magnitudes have these bits, and what the rows are multiplied by
+template <int DIGITS>
+TQ_INLINE void units(const uint32_t* top, int rows, float* gain, Digits& x) {
+  for (int r = 0; r < rows; r += 16) {
+    const __m512i bits = _mm512_castps_si512(load_quads((const float*)(top + r)).a);
+    const __m512 largest = _mm512_castsi512_ps(bits), whole = _mm512_set1_ps(whole_of<DIGITS, false>());
+    const __mmask16 finite = _mm512_cmplt_epu32_mask(bits, _mm512_set1_epi32(0x7F800000));
+    const __mmask16 some = finite & _mm512_cmp_ps_mask(largest, _mm512_set1_ps(1e-30f), _CMP_GT_OQ);
+    _mm512_storeu_ps(x.unit + r, _mm512_maskz_div_ps(some, largest, whole));
+    _mm512_storeu_ps(gain + r, _mm512_maskz_div_ps(some, whole, largest));
+    _mm_storeu_si128((__m128i*)(x.finite + r), _mm_maskz_set1_epi8(finite, 1));
+  }
+}
+
+// digits of RB rows of 16·NV numbers, as `digits_of`
+template <int DIGITS, int RB, int NV, bool SPLIT>
+TQ_INLINE void digits_block(const float* y, const float* gain, int r, Digits& x) {
+  __m512i sum[RB][DIGITS], low[RB], high[RB];
+  for (int i = 0; i < RB; i++) {
+    for (int k = 0; k < DIGITS; k++) sum[i][k] = _mm512_setzero_si512();
+    for (int j = 0; j < NV; j += 4) {
+      __m512i n[4];
+      for (int v = 0; v < 4; v++) n[v] = _mm512_cvtps_epi32(mul(load(y + (r + i) * LD + 16 * (j + v)), set1(gain[r + i])).a);
+      split64<DIGITS, SPLIT>(n, x.digit + (r + i) * DIGITS * LDW + 16 * j, sum[i]);
+    }
+    low[i] = sum[i][0], high[i] = _mm512_add_epi32(sum[i][1], _mm512_slli_epi32(sum[i][DIGITS - 1], 8));
+  }
   alignas(16) int32_t first[4], second[4];
-  for (int i = 0; i < RB; i++) low[i] = sum[i][0], high[i] = _mm512_add_epi32(sum[i][1], _mm512_slli_epi32(sum[i][DIGITS - 1], 8));
   _mm_store_si128((__m128i*)first, _mm_mullo_epi32(sum_rows<RB>(low), _mm_set1_epi32(-128)));
   if (DIGITS == 3) _mm_store_si128((__m128i*)second, _mm_mullo_epi32(sum_rows<RB>(high), _mm_set1_epi32(-128)));
   for (int i = 0; i < RB; i++) {
@@ -122,131 +188,159 @@ TQ_INLINE int digits_rows(const V16 (&y)[RB][NV], int r, Digits& x) {
     if (DIGITS == 3) to[1] = second[i];
     to[DIGITS - 1] = 0;
   }
-  x.groups = 4 * NV;
-  return finite;
 }
 
-// digits of R(q∘s) of RB rows; constant = (q∘s)·mean. y is written only where a number is not finite
-template <int DIGITS, int RB, int NV>
-TQ_INLINE void turn_block(const float* q, const float* scale, const float* mean, float* y, float* constant, int r, Digits& digits) {
-  V16 sum[RB], x[RB][NV];
+// s: products of codes, which become logits of RB rows; here: the largest. A row reads no tokens but lo <= t < hi.
+template <int RB>
+TQ_INLINE void logits_block(const PageRows& p, float* s, float* here, int r) {
+  V16 y[RB][4], top[RB];
   for (int j = 0; j < RB; j++) {
-    sum[j] = zero();
-    for (int i = 0; i < NV; i++) {
-      x[j][i] = load(q + (r + j) * LD + 16 * i);
-      sum[j] = fma(x[j][i], load(mean + 16 * i), sum[j]);
-      x[j][i] = mul(x[j][i], load(scale + 16 * i));
-    }
-    hadamard_block<NV>(x[j]);
-  }
-  _mm_mask_storeu_ps(constant + r, (1 << RB) - 1, sum_rows<RB>(sum));
-  const int finite = digits_rows<DIGITS, RB, NV>(x, r, digits);
-  for (int j = 0; j < RB; j++) {
-    for (int i = 0; i < NV && !(finite >> j & 1); i++) store(y + (r + j) * LD + 16 * i, x[j][i]);
-  }
-}
-
-// s: products of codes. Logits, running softmax as `softmax_row`, digits of the probabilities times the tokens' scales;
-// those themselves go to s only where one is not finite. A row reads no tokens but lo <= t < hi.
-template <int DIGITS, int RB>
-TQ_INLINE void softmax_block(const PageRows& p, float* s, int r, Rows run, Digits& digits) {
-  V16 y[RB][4], top[RB], sum[RB];
-  const V16 none = set1(-INFINITY);
-  for (int j = 0; j < RB; j++) {
-    for (int v = 0; v < 4; v++) y[j][v] = fma(load(s + (r + j) * 64 + 16 * v), load(p.key_scale + 16 * v), set1(p.constant[r + j]));
+    const float* x = s + (r + j) * 64;
+    for (int v = 0; v < 4; v++) y[j][v] = fma(load(x + 16 * v), load(p.key_scale + 16 * v), set1(p.constant[r + j]));
   }
   for (int i = 0; i < p.hot_count; i++) {
     for (int v = 0; v < 4; v++) {
       const V16 hot = load(p.hot + i * 64 + 16 * v);
-      for (int j = 0; j < RB; j++) y[j][v] = fma(set1(p.q_hot[r + j][i]), hot, y[j][v]);
+      for (int j = 0; j < RB; j++) y[j][v] = fma(set1(p.q_hot[i][r + j]), hot, y[j][v]);
     }
   }
-  int higher = 0;
   for (int j = 0; j < RB; j++) {
     const int64_t lo = p.span[r + j].lo - p.from, hi = p.span[r + j].hi - p.from;
     if (lo > 0 || hi < 64) {
       const uint64_t seen = bits_between(lo, hi);
-      for (int v = 0; v < 4; v++) y[j][v] = pick(uint16_t(seen >> 16 * v), y[j][v], none);
+      for (int v = 0; v < 4; v++) y[j][v] = pick(uint16_t(seen >> 16 * v), y[j][v], set1(-INFINITY));
     }
-    top[j] = none;
-    for (int v = 0; v < 4; v++) top[j] = max(y[j][v], top[j]);
-    higher |= _mm512_cmp_ps_mask(top[j].a, _mm512_set1_ps(run.m[r + j]), _CMP_GT_OQ);
+    for (int v = 0; v < 4; v++) store(s + (r + j) * 64 + 16 * v, y[j][v]);
+    top[j] = max(max(y[j][0], y[j][1]), max(y[j][2], y[j][3]));
   }
-  float base[RB];
-  for (int j = 0; j < RB; j++) base[j] = run.m[r + j];
-  int dead = 0;  // rows without a token so far
-  if (higher) {
-    for (int j = 0; j < RB; j++) {
-      const float now = max16(top[j]);
-      base[j] = now > base[j] ? now : base[j];
-    }
-  }
+  _mm_storeu_ps(here + r, max_rows<RB>(top));
+}
+
+// probabilities of RB rows, relative to `here`: their sums, and the digits of weight·probability
+template <int DIGITS, int RB>
+TQ_INLINE void weights_block(const float* s, const V16 (&weight)[4], const float* here, float* total, int r, Digits& x) {
+  V16 sum[RB];
   for (int j = 0; j < RB; j++) {
-    if (base[j] != -INFINITY) continue;
-    int nan = 0;
-    for (int v = 0; v < 4; v++) nan |= _mm512_cmp_ps_mask(y[j][v].a, y[j][v].a, _CMP_UNORD_Q);
-    dead |= (nan == 0) << j;
+    V16 e[4];
+    __m512i n[4];
+    for (int v = 0; v < 4; v++) e[v] = {exp2_16<DIGITS>(sub(load(s + (r + j) * 64 + 16 * v), set1(here[r + j])).a)};
+    sum[j] = add(add(e[0], e[1]), add(e[2], e[3]));
+    for (int v = 0; v < 4; v++) n[v] = _mm512_cvtps_epi32(mul(e[v], weight[v]).a);
+    split64_unsigned<DIGITS>(n, x.digit + (r + j) * DIGITS * LDW);
   }
-  for (int j = 0; j < RB; j++) sum[j] = zero();
-  for (int v = 0; v < 4; v++) {
-    const V16 gain = load(p.value_scale + 16 * v);
-    for (int j = 0; j < RB; j++) {
-      const V16 e = exp16(sub(y[j][v], set1(base[j])));
-      sum[j] = add(sum[j], e), y[j][v] = mul(e, gain);
-    }
+  _mm_storeu_ps(total + r, sum_rows<RB>(sum));
+}
+
+// a row whose probabilities have no finite sum: it reads no token here, or a number that is not finite, and then it is
+// multiplied in floats, from s
+static void odd_row(const PageRows& p, float* s, int r, Rows run, Digits& x) {
+  bool reads = false;
+  for (int t = 0; t < 64; t++) reads |= !(s[t] == -INFINITY), s[t] *= LN_2;
+  x.unit[r] = 0, x.finite[r] = !reads;
+  if (!reads) return;
+  float m = run.m[r] * LN_2;
+  softmax_row(s, p.value_scale, 64, p.d, 0.0f, m, run.l[r], run.o + r * LD);
+  run.m[r] = m * LOG2_E;
+}
+
+// The running softmax moves on by a page's sums, up to 16 rows from r. unit: what a weight's digit is.
+TQ_INLINE void run_on(const PageRows& p, float* s, const float* here_, const float* total_, float unit, int r, int rows,
+                      Rows run, Digits& x) {
+  const __mmask16 all = _cvtu32_mask16(rows - r < 16 ? (1u << (rows - r)) - 1 : 0xFFFF);
+  const __m512 here = load_quads(here_ + r).a, total = load_quads(total_ + r).a;
+  const __m512 old = _mm512_maskz_loadu_ps(all, run.m + r), now = _mm512_max_ps(here, old);
+  const __m512 of_here = exp2_16<3>(_mm512_sub_ps(here, now)), of_old = exp2_16<3>(_mm512_sub_ps(old, now));
+  const __mmask16 fine = all & _mm512_cmp_ps_mask(total, _mm512_set1_ps(INFINITY), _CMP_LT_OQ);
+  const __m512 l = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(all, run.l + r), of_old, _mm512_mul_ps(total, of_here));
+  _mm512_mask_storeu_ps(run.m + r, fine, now);
+  _mm512_mask_storeu_ps(run.l + r, fine, l);
+  _mm512_storeu_ps(x.unit + r, _mm512_mul_ps(of_here, _mm512_set1_ps(unit)));
+  _mm_storeu_si128((__m128i*)(x.finite + r), _mm_set1_epi8(1));
+  int higher = fine & _mm512_cmp_ps_mask(now, old, _CMP_NEQ_UQ), odd = all & ~fine;
+  if (!(higher | odd)) return;
+  alignas(64) float rise[16];
+  _mm512_store_ps(rise, of_old);
+  for (; higher; higher &= higher - 1) {
+    const int j = __builtin_ctz(higher);
+    scale_row(run.o + (r + j) * LD, p.d, rise[j]);
   }
-  for (int j = 0; j < RB && dead; j++) {
-    if (!(dead >> j & 1)) continue;
-    sum[j] = zero();
-    for (int v = 0; v < 4; v++) y[j][v] = zero();
-  }
-  for (int j = 0; j < RB && higher; j++) {
-    float& m = run.m[r + j];
-    if (base[j] == m) continue;
-    const float f = m == -INFINITY ? 0.0f : exp1(m - base[j]);
-    run.l[r + j] *= f, m = base[j];
-    scale_row(run.o + (r + j) * LD, p.d, f);
-  }
-  constexpr __mmask8 ALL = (1 << RB) - 1;
-  _mm_mask_storeu_ps(run.l + r, ALL, _mm_add_ps(_mm_maskz_loadu_ps(ALL, run.l + r), sum_rows<RB>(sum)));
-  const int finite = digits_rows<DIGITS, RB, 4>(y, r, digits);
-  for (int j = 0; j < RB; j++) {
-    for (int v = 0; v < 4 && !(finite >> j & 1); v++) store(s + (r + j) * 64 + 16 * v, y[j][v]);
+  for (; odd; odd &= odd - 1) {
+    const int j = __builtin_ctz(odd);
+    odd_row(p, s + (r + j) * 64, r + j, run, x);
   }
 }
 
-// f<RB>(r) over rows in blocks of at most MOST
-#define TQ_FEW_ROWS(rows, MOST, CALL)                    \
-  for (int r = 0; r < (rows); r += MOST) {               \
-    switch ((rows) - r < MOST ? (rows) - r : MOST) {     \
-      case 1: CALL(1); break;                            \
-      case 2: CALL(2); break;                            \
-      case 3: CALL((MOST < 3 ? 1 : 3)); break;           \
-      default: CALL((MOST < 4 ? 1 : 4));                 \
-    }                                                    \
+// f<RB>(r) over rows in blocks of at most four
+#define TQ_FEW_ROWS(rows, CALL)                     \
+  for (int r = 0; r < (rows); r += 4) {             \
+    switch ((rows) - r < 4 ? (rows) - r : 4) {      \
+      case 1: CALL(1); break;                       \
+      case 2: CALL(2); break;                       \
+      case 3: CALL(3); break;                       \
+      default: CALL(4);                             \
+    }                                               \
   }
 
+// Digits of the turned rows. Each step goes over all rows before the next, which would wait for its last ones' sums.
 template <int DIGITS, int NV>
-static void turn_digits(const float* q, const float* scale, const float* mean, float* y, float* constant, int rows, Digits& x) {
-  constexpr int MOST = NV == 4 ? 4 : 2;
-#define TQ_CALL(RB) turn_block<DIGITS, RB, NV>(q, scale, mean, y, constant, r, x)
-  TQ_FEW_ROWS(rows, MOST, TQ_CALL)
+static void turn_digits(const float* q, const float* scale, const float* mean, float* y, float* constant, int rows,
+                        bool split, Digits& x) {
+  uint32_t top[ROWS];
+  float gain[ROWS];
+#define TQ_CALL(RB) turn_block<RB, NV>(q, scale, mean, y, constant, top, r)
+  TQ_FEW_ROWS(rows, TQ_CALL)
 #undef TQ_CALL
+  units<DIGITS>(top, rows, gain, x);
+#define TQ_CALL(RB) \
+  split ? digits_block<DIGITS, RB, NV, true>(y, gain, r, x) : digits_block<DIGITS, RB, NV, false>(y, gain, r, x)
+  TQ_FEW_ROWS(rows, TQ_CALL)
+#undef TQ_CALL
+  x.groups = 4 * NV;
 }
 
+// s: products of codes. Running softmax, and the digits of the weights; s has the weights of rows that are not finite.
 template <int DIGITS>
 static void softmax_digits(const PageRows& p, float* s, int rows, Rows run, Digits& x) {
-#define TQ_CALL(RB) softmax_block<DIGITS, RB>(p, s, r, run, x)
-  TQ_FEW_ROWS(rows, 4, TQ_CALL)
+  constexpr float WHOLE = whole_of<DIGITS, true>();
+  float here[ROWS], total[ROWS];
+#define TQ_CALL(RB) logits_block<RB>(p, s, here, r)
+  TQ_FEW_ROWS(rows, TQ_CALL)
 #undef TQ_CALL
+  V16 weight[4];
+  for (int v = 0; v < 4; v++) weight[v] = load(p.value_scale + 16 * v);
+  const float largest = max16(max(max(weight[0], weight[1]), max(weight[2], weight[3])));
+  x.groups = 16;
+  if (!(largest < INFINITY)) {
+    for (int r = 0; r < rows; r++) odd_row(p, s + r * 64, r, run, x);
+    return;
+  }
+  const V16 gain = set1(largest > 1e-30f ? WHOLE / largest : 0.0f);
+  for (int v = 0; v < 4; v++) weight[v] = mul(weight[v], gain);
+#define TQ_CALL(RB) weights_block<DIGITS, RB>(s, weight, here, total, r, x)
+  TQ_FEW_ROWS(rows, TQ_CALL)
+#undef TQ_CALL
+  for (int r = 0; r < rows; r += 16) run_on(p, s, here, total, largest / WHOLE, r, rows, run, x);
+}
+
+// maxima in powers of two become natural ones; what a maximum is rounded by goes into the sums
+static void natural(Rows run, int rows, int d) {
+  for (int r = 0; r < rows; r++) {
+    const float m = run.m[r] * LN_2;
+    if (!(m - m == 0)) continue;  // -inf: no token; or not a number
+    const float rest = std::fma(-m, LOG2_E_REST, std::fma(-m, LOG2_E, run.m[r]));
+    const float f = std::fma(rest, LN_2, 1.0f);
+    run.m[r] = m, run.l[r] *= f;
+    scale_row(run.o + r * LD, d, f);
+  }
 }
 
 #else
 
 template <int DIGITS, int NV>
-static void turn_digits(const float*, const float*, const float*, float*, float*, int, Digits&) {}
+static void turn_digits(const float*, const float*, const float*, float*, float*, int, bool, Digits&) {}
 template <int DIGITS>
 static void softmax_digits(const PageRows&, float*, int, Rows, Digits&) {}
+static void natural(Rows, int, int) {}
 
 #endif
 

@@ -224,6 +224,16 @@ TQ_INLINE V16 lookup(const float* table, const uint8_t* index) {
 #endif
 }
 
+TQ_INLINE float half_at(const uint8_t* p) {
+#if defined(TQ_AVX512) || defined(TQ_AVX2)
+  uint16_t h;
+  std::memcpy(&h, p, 2);
+  return _cvtsh_ss(h);
+#else
+  return header_half(p);
+#endif
+}
+
 // sixteen elements of a 16-bit or fp32 row
 TQ_INLINE V16 load_as(const void* p, int dtype, int64_t i) {
   if (dtype == 0) return load((const float*)p + i);
