@@ -8,7 +8,7 @@ from torch import nn
 
 from turboquant.kernels import fused, ops
 from turboquant.layers.convert import Plan, dequantize_model, quantize_model, quantized
-from turboquant.layers.fused import FusedMLP, FusedNorm, explain_fused, fuse, gate_rule, norm_rule, unfuse
+from turboquant.layers.fused import DenseHead, FusedMLP, FusedNorm, explain_fused, fuse, gate_rule, norm_rule, unfuse
 from turboquant.layers.linear import QuantLinear
 from turboquant.recipe import parse_recipe
 
@@ -166,3 +166,36 @@ def test_what_is_not_known_stays(tiny):
 @pytest.mark.parametrize("recipe", ["w4", "w4a4", "a4"])
 def test_only_for_inputs_of_8_bit(recipe, tiny):
     assert not any(isinstance(m, FusedNorm | FusedMLP) for m in convert(tiny("llama-gqa"), recipe).modules())
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
+def test_the_head_that_stays_has_a_product_of_its_own(name, tiny, ids, monkeypatch):
+    """Same names, same parameters (tied ones stay tied), torch's values but for the order of sums; gone on request."""
+    model = tiny(name).bfloat16()
+    head, embedding, keys = model.lm_head, model.get_input_embeddings(), list(model.state_dict())
+    tied = head.weight is embedding.weight
+    convert(model)
+    ours = model.get_output_embeddings()
+    assert type(ours) is DenseHead and ours.weight is head.weight and (ours.weight is embedding.weight) == tied
+    assert [k for k in model.state_dict() if not k.endswith(("_scale", "_zero"))] == keys
+    rows = [r for r in explain_fused(model, torch.bfloat16, "cpu") if r["op"] == "dense"]
+    assert [r["name"] for r in rows] == ["lm_head"]
+    calls, real = [], ops.dense
+    monkeypatch.setattr(ops, "dense", lambda *a: calls.append(a) or real(*a))
+    x = torch.randn(1, 1, ours.in_features).bfloat16()
+    with torch.no_grad():
+        got, want = ours(x), head(x)
+    assert len(calls) == 1 and torch.allclose(got, want, rtol=2**-7, atol=1e-5)
+    x.requires_grad_(True)
+    ours(x).sum().backward()
+    assert len(calls) == 1 and x.grad is not None, "gradients are torch's"
+    ours.weight = nn.Parameter(ours.weight * 2)
+    unfuse(model)
+    assert model.lm_head is head and torch.equal(head(x), 2 * want)
+
+
+def test_a_head_with_hooks_and_a_quantized_head_stay(tiny):
+    model = tiny("llama-gqa")
+    model.lm_head.register_forward_hook(lambda *a: None)
+    assert type(convert(model).lm_head) is nn.Linear
+    assert type(convert(tiny("llama-gqa"), "w4a8:head=8").lm_head) is QuantLinear

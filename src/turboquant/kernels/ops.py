@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from turboquant.kernels.linear import Coded, LinearSpec, LinearState
@@ -72,7 +73,7 @@ def _refusal(
     why: str | None = supports(op, layout, device) if supports else None
     if why is None and not hasattr(module, op):
         why = f"{name} has no {op}"
-    if why is not None or op in LINEAR_OPS:
+    if why is not None or op in LINEAR_OPS or op == "dense":
         return why
     if chunk.grad and not getattr(module, "GRADIENTS", True):
         return f"{name} computes no gradients, and an argument requires one"
@@ -317,6 +318,28 @@ def _fused(op: str, spec: LinearSpec, device: torch.device, forced: str) -> Any:
     except BackendError:  # one was asked for that lacks this op: its own quantize runs
         return None
     return None if "reference" in names else getattr(import_module(f"turboquant.kernels.{names[1]}"), op)
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + bias of a float layer in x's dtype: by a backend that has an op for it (contract in `cpu.head.dense`), else
+    by torch. The compiler sees torch's."""
+    run = None if torch.compiler.is_compiling() else _dense(weight.shape, x.dtype, x.device, _forced.get())[0]
+    return F.linear(x, weight, bias) if run is None else run(x, weight, bias)
+
+
+def explain_dense(weight: Tensor) -> tuple[str, str]:
+    """(kernel, why) of `dense` for rows of the weight's dtype; the kernel is "torch" where no backend has one."""
+    return _dense(weight.shape, weight.dtype, weight.device, _forced.get())[1:]
+
+
+@lru_cache(maxsize=4096)
+def _dense(shape: torch.Size, dtype: torch.dtype, device: torch.device, forced: str) -> tuple[Any, str, str]:
+    spec = LinearSpec(shape[1], shape[0], 0, 0, 16, dtype)
+    try:
+        name, why = choose("dense", spec, device)
+    except BackendError as e:  # the backend asked for has none; nor have all of them
+        return None, "torch", str(e)
+    return import_module(f"turboquant.kernels.{name}").dense, name, why
 
 
 def _linear_op(op: str, spec: LinearSpec | None, device: torch.device) -> Any:

@@ -248,7 +248,7 @@ def quantize_model(
         _put(model, name, new)
         if progress:
             progress("layers", i + 1, len(found))
-    fuse(model)
+    fuse(model, head)
     return rows
 
 

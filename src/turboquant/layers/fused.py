@@ -1,5 +1,5 @@
 """Norms and MLPs whose output a quantized layer reads: modules that let one kernel do norm or activation, rotation and
-rounding.
+rounding. And output embeddings that stay as they are, whose product torch computes slowly for one row.
 
 They stand where the model's own modules stood, with the same parameters and children under the same names. A norm
 still returns its output in the model's dtype, for adapters, routers and other readers; the rows go along, to be found
@@ -192,6 +192,22 @@ class FusedMLP(nn.Module):
         return f"{self.rule}"
 
 
+class DenseHead(nn.Linear):
+    """Output embeddings that stay in 16 bit; has the parameters of the module that stood here."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
+        self.in_features, self.out_features, self.own = head.in_features, head.out_features, (head,)
+        self._parameters.update(head._parameters)
+        self.train(head.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N) in x's dtype."""
+        if x.numel() and not _wants_grad(x, *(p for p in self._parameters.values() if p is not None)):
+            return ops.dense(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -212,13 +228,19 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, str, QuantLinear, 
             yield name, mlp, "gate_quantize", down, _changed(mlp) or gate_rule(mlp)
 
 
-def fuse(model: nn.Module) -> list[dict[str, Any]]:
+def fuse(model: nn.Module, head: nn.Module | None = None) -> list[dict[str, Any]]:
     """Put fused modules in place of norms and MLPs around quantized layers with 8-bit inputs.
 
+    Args:
+        head: the output embeddings, which get a product of their own where they stay as they are.
+
     Returns:
-        one row for each that was looked at: {"name", "op", "fused", "why"}.
+        one row for each norm and MLP that was looked at: {"name", "op", "fused", "why"}.
     """
     rows = []
+    for name, module in list(model.named_modules()):
+        if module is head and type(module) is nn.Linear and not _changed(module):
+            _put(model, name, DenseHead(module))
     for name, module, op, layer, rule in list(_candidates(model)):
         known = not isinstance(rule, str)
         if known:
@@ -235,6 +257,10 @@ def explain_fused(model: nn.Module, dtype: torch.dtype, device: torch.device | s
     """
     rows = [{"name": name, "op": op, "kernel": "none", "why": f"{rule}"} for name, _, op, _, rule in _candidates(model)]
     for name, module in model.named_modules():
+        if isinstance(module, DenseHead):
+            kernel, why = ops.explain_dense(module.weight)
+            rows.append({"name": name, "op": "dense", "kernel": kernel, "why": why})
+            continue
         if isinstance(module, FusedNorm):
             op, slot = "norm_quantize", module.slot
         elif isinstance(module, FusedMLP) and _reads_int8(module.down_proj):
@@ -255,6 +281,8 @@ def unfuse(model: nn.Module) -> None:
             module.own[0].weight = module.weight
         elif isinstance(module, FusedMLP):
             module.own[0]._modules.update(module._modules)
+        elif isinstance(module, DenseHead):
+            module.own[0]._parameters.update(module._parameters)
         else:
             continue
         _put(model, name, module.own[0].train(module.training))

@@ -133,7 +133,7 @@ class TurboQuantizer(HfQuantizer):
                     slot.forget()
         if not self.pre_quantized:
             start_trackers(model)
-        fuse(model)
+        fuse(model, head)
         if any(isinstance(m, Quantized) for m in model.modules()):
             # The saved names are the modules' own: nothing is to be turned back into a checkpoint's names.
             model._weight_conversions = []

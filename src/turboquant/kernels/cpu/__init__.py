@@ -1,6 +1,6 @@
 """The CPU backend: packed codes read with AVX-512 VNNI, AVX-512, AVX2 or portable vectors (NEON on aarch64).
 
-See `cache`, `rows` and `product`; the C++ is in csrc/. `linear` says which layers need the package auto-round-lib.
+See `cache`, `rows`, `product` and `head`; the C++ is in csrc/. `linear` says which layers need auto-round-lib.
 """
 
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 from turboquant.kernels.cpu import cache
 from turboquant.kernels.cpu import linear as _linear
 from turboquant.kernels.cpu.cache import DTYPES, cache_append, cache_attention
+from turboquant.kernels.cpu.head import dense
 from turboquant.kernels.cpu.linear import linear, quantize
 
 GRADIENTS = False
 
-__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "linear", "quantize", "supports"]
+__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "dense", "linear", "quantize", "supports"]
 
 
 def supports(op: str, layout: Any, device: Any) -> str | None:

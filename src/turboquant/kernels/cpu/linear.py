@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels import linear as reference
-from turboquant.kernels.cpu import cache, product
+from turboquant.kernels.cpu import cache, head, product
 from turboquant.kernels.linear import Coded, Hot, LinearSpec, LinearState
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.maths.rotation import hadamard_block
@@ -39,6 +39,8 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
     """None if the op can run, else why not."""
     if device.type != "cpu":
         return f"cpu: tensors are on {device.type}"
+    if op == "dense":
+        return cache.supports(op, None, device) or head.refusal(spec)
     if op != "linear":
         if not _quantize_rows():
             return "cpu: the native module has no quantize_rows"

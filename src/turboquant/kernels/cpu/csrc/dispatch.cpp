@@ -11,6 +11,7 @@ namespace tq {
   extern const Encoder encoder;   \
   extern const Quantizer quantizer; \
   extern const Multiplier multiplier; \
+  extern const DenseMultiplier dense; \
   }
 
 TQ_DECLARE(portable)
@@ -27,9 +28,12 @@ struct Table {
   const Encoder* encoder[4];
   const Quantizer* quantizer[4];
   const Multiplier* multiplier[4];
+  const DenseMultiplier* dense[4];
   const char* names[4];
   int count = 0;
-  void take(const Kernels& k, const Encoder& e, const Quantizer& q, const Multiplier& m) {
+  void take(const Kernels& k, const Encoder& e, const Quantizer& q, const Multiplier& m,
+            const DenseMultiplier& d) {
+    dense[count] = &d;
     kernels[count] = &k, encoder[count] = &e, quantizer[count] = &q, multiplier[count] = &m, names[count++] = k.name;
   }
   Table() {
@@ -38,15 +42,16 @@ struct Table {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")) {
-        take(avx512vnni::kernels, avx512::encoder, avx512::quantizer, avx512vnni::multiplier);
+        take(avx512vnni::kernels, avx512::encoder, avx512::quantizer, avx512vnni::multiplier,
+             avx512::dense);
       }
-      take(avx512::kernels, avx512::encoder, avx512::quantizer, avx512::multiplier);
+      take(avx512::kernels, avx512::encoder, avx512::quantizer, avx512::multiplier, avx512::dense);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-      take(avx2::kernels, avx2::encoder, avx2::quantizer, avx2::multiplier);
+      take(avx2::kernels, avx2::encoder, avx2::quantizer, avx2::multiplier, avx2::dense);
     }
 #endif
-    take(portable::kernels, portable::encoder, portable::quantizer, portable::multiplier);
+    take(portable::kernels, portable::encoder, portable::quantizer, portable::multiplier, portable::dense);
   }
   int find(const char* isa) const {
     for (int i = 0; i < count; i++) {
@@ -67,6 +72,7 @@ const Kernels& kernels_of(const char* isa) { return *table().kernels[table().fin
 const Encoder& encoder_of(const char* isa) { return *table().encoder[table().find(isa)]; }
 const Quantizer& quantizer_of(const char* isa) { return *table().quantizer[table().find(isa)]; }
 const Multiplier& multiplier_of(const char* isa) { return *table().multiplier[table().find(isa)]; }
+const DenseMultiplier& dense_of(const char* isa) { return *table().dense[table().find(isa)]; }
 const char* const* isa_names(int* count) {
   *count = table().count;
   return table().names;

@@ -1,4 +1,5 @@
 #pragma once
+#include "dense.h"
 #include "product.h"
 #include "spec.h"
 
@@ -8,6 +9,7 @@ const Kernels& kernels_of(const char* isa);  // "" or the name of an instruction
 const Encoder& encoder_of(const char* isa);
 const Quantizer& quantizer_of(const char* isa);
 const Multiplier& multiplier_of(const char* isa);
+const DenseMultiplier& dense_of(const char* isa);
 const char* const* isa_names(int* count);    // those compiled in and runnable here, the best first
 
 constexpr const char* OUTSIDE = "the table names a page outside the pool";

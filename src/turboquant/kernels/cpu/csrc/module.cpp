@@ -202,6 +202,14 @@ NB_MODULE(_native, m) {
     }
     multiply(p, multiplier_of(isa.c_str()), threads);
   });
+  // addresses: x weight bias out; sizes: M N K stride, dtypes of x and bias
+  m.def("dense", [](const std::string& isa, int threads, const std::array<int64_t, 4>& at,
+                    const std::array<int64_t, 6>& size) {
+    nb::gil_scoped_release release;
+    const Dense p{address<uint16_t>(at[1]), int(size[4]), size[1], size[2], size[0], nullptr, address<void>(at[2]),
+                  int(size[5]), address<void>(at[3])};
+    multiply_dense(p, address<void>(at[0]), size[3], dense_of(isa.c_str()), threads);
+  });
   m.def("append", [](const Spec& spec, const std::string& isa, int threads, const std::array<int64_t, 10>& buffers,
                      const std::array<int64_t, 10>& sizes, const Row& q, const Row& k, const Row& v, int64_t valid) {
     nb::gil_scoped_release release;

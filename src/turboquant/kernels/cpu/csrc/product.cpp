@@ -6,6 +6,8 @@
 #include <memory>
 #include <vector>
 
+#include "dense.h"
+#include "half.h"
 #include "pool.h"
 
 namespace tq {
@@ -67,6 +69,19 @@ void multiply(Product p, const Multiplier& kernel, int threads) {
   const int64_t per = 32 * (p.m > FEW ? 1 : std::max<int64_t>(1, 32768 / bytes));
   parallel((w.n + per - 1) / per, threads, [&](int64_t task, int) {
     kernel.outputs(p, task * per, std::min(w.n, (task + 1) * per), scratch_of_thread(product_scratch(w)));
+  });
+}
+
+void multiply_dense(Dense p, const void* x, int64_t stride, const DenseMultiplier& kernel, int threads) {
+  if (p.m == 0 || p.n == 0) return;
+  std::unique_ptr<float[]> rows(new float[p.m * p.k]);
+  for (int64_t m = 0; m < p.m; m++) {
+    for (int64_t k = 0; k < p.k; k++) rows[m * p.k + k] = scalar_as(x, p.dtype, m * stride + k);
+  }
+  p.x = rows.get();
+  const int64_t per = std::max<int64_t>(1, 131072 / p.k);  // outputs of a task, which reads about 256 KiB
+  parallel((p.n + per - 1) / per, threads, [&](int64_t task, int) {
+    kernel.outputs(p, task * per, std::min(p.n, (task + 1) * per));
   });
 }
 
