@@ -60,7 +60,7 @@ def test_bits_of_the_contract(isa, bits, group, monkeypatch, poisoned):
         w, rows = operands(n, k, bits, group, m)
         dtype, kind = next(kinds)
         bias = None if kind is None else torch.randn(n).to(kind)
-        got = product.multiply(product.Packed(w), rows, bias, dtype)
+        got = product.multiply(product.Packed((w, bias)), rows, dtype)[0]
         assert torch.equal(got, expected(w, rows, bias, dtype)), (n, k, m, dtype)
 
 
@@ -77,20 +77,20 @@ def test_extremes_do_not_overflow(bits):
             for isa in cpu.isas():
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setenv("TURBOQUANT_CPU_ISA", isa)
-                    assert torch.equal(product.multiply(product.Packed(w), rows, None, torch.float32), want)
+                    assert torch.equal(product.multiply(product.Packed((w, None)), rows, torch.float32)[0], want)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_alone_is_the_row_of_a_batch_for_any_number_of_threads(bits):
     w, _ = operands(200, 896, bits, 128, 1)
-    packed, x = product.Packed(w), torch.randn(37, 896, dtype=torch.bfloat16)
+    packed, x = product.Packed((w, None)), torch.randn(37, 896, dtype=torch.bfloat16)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        want = torch.cat([product.multiply_float(packed, row[None], None) for row in x])
+        want = torch.cat([product.multiply(packed, row[None], x.dtype)[0] for row in x])
         for threads, m in itertools.product((1, 2, 3), (2, 4, 5, 12, 37)):
             torch.set_num_threads(threads)
-            assert torch.equal(product.multiply_float(packed, x[:m], None), want[:m])
+            assert torch.equal(product.multiply(packed, x[:m], x.dtype)[0], want[:m])
     finally:
         torch.set_num_threads(before)
 
@@ -121,9 +121,9 @@ def test_layers_lie_as_near_to_fp32_as_torch_in_their_dtype(recipe, dtype, m):
 def test_rows_that_are_not_finite_stay_alone():
     w, _ = operands(40, 96, 4, 32, 1)
     x = torch.randn(6, 96)
-    clean = product.multiply_float(product.Packed(w), x, None)
+    clean = product.multiply(product.Packed((w, None)), x, x.dtype)[0]
     x[1, 5], x[4, 9] = torch.nan, torch.inf
-    got = product.multiply_float(product.Packed(w), x, None)
+    got = product.multiply(product.Packed((w, None)), x, x.dtype)[0]
     assert got[[1, 4]].isnan().all() and torch.equal(got[[0, 2, 3, 5]], clean[[0, 2, 3, 5]])
 
 
@@ -132,7 +132,7 @@ def test_rounding_inside_the_product_is_rounding_before_it():
     x = torch.randn(30, 640, dtype=torch.bfloat16)[::2, :576]
     spec = LinearSpec(576, 64, 1, 64, 8, torch.bfloat16)
     many = ops.linear(x.repeat(3, 1), w, None, A8, LinearState(), spec)
-    one = product.multiply_float(product.Packed(w), x, None)
+    one = product.multiply(product.Packed((w, None)), x, x.dtype)[0]
     assert torch.equal(many, one.repeat(3, 1))
 
 
@@ -169,4 +169,4 @@ def test_what_it_cannot_serve_is_refused():
             ops.choose("linear", spec, torch.device("cpu"))
     assert ops.choose("linear", LinearSpec(64, 33, 1, 64, 8), torch.device("cpu"))[0] == "cpu"
     with pytest.raises(ValueError, match="bias"):
-        product.multiply_float(product.Packed(operands(8, 32, 4, 32, 1)[0]), torch.randn(1, 32), torch.ones(8).double())
+        product.Packed((operands(8, 32, 4, 32, 1)[0], torch.ones(8).double()))

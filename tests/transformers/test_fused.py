@@ -25,7 +25,7 @@ def kernels(monkeypatch):
             calls.append(op)
             return getattr(fused, op)(*args)
 
-        return run if spec.activation_bits == 8 else None
+        return run if spec.activation_bits == 8 and hasattr(fused, op) else None
 
     monkeypatch.setattr(ops, "fused", fake)
     return calls
@@ -154,13 +154,12 @@ def test_what_is_not_known_stays(tiny):
     }  # fmt: skip
     assert "hooks" in why["model.layers.0.post_attention_layernorm"]
     rows = {r["name"]: r for r in explain_fused(model, torch.bfloat16, "cpu")}
-    assert len(rows) == 9 and all(r["kernel"] == "none" for r in rows.values()), "a CPU's reference"
+    assert len(rows) == 9 and {n for n, r in rows.items() if r["kernel"] == "none"} >= set(why)
     assert "hooks" in rows["model.layers.0.post_attention_layernorm"]["why"]
     with ops.use_backend("reference"):
         rows = {r["name"]: r for r in explain_fused(model, torch.bfloat16, "cpu")}
     assert "reference" in rows["model.layers.2.mlp"]["why"]
-    rows = {r["name"]: r for r in explain_fused(model, torch.bfloat16, "cpu")}
-    assert "cpu has no gate_quantize" in rows["model.layers.2.mlp"]["why"]
+    assert all(r["kernel"] == "none" for r in rows.values())
 
 
 @pytest.mark.parametrize("recipe", ["w4", "w4a4", "a4"])

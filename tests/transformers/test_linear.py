@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from turboquant import TurboQuantCache, TurboQuantConfig
 from turboquant.integrations.transformers import quantize
+from turboquant.layers.fused import DenseHead
 from turboquant.layers.linear import QuantExperts, QuantLinear
 from turboquant.layers.moments import FeedbackError, moments_without_data
 from turboquant.packed.checkpoint import CheckpointError
@@ -70,7 +71,7 @@ def load(folder, recipe="w8a8", **options):
 
 def floats(model):
     """Names of linear layers and stacks of experts that are not quantized."""
-    out = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear]
+    out = [n for n, m in model.named_modules() if type(m) in (torch.nn.Linear, DenseHead)]
     return out + [n for n, p in model.named_parameters() if p.dim() == 3 and p.shape[0] > 1 and "conv" not in n]
 
 
@@ -159,7 +160,7 @@ def test_bfloat16_and_the_cache_in_one(saved, tmp_path):
 def test_output_embeddings(tied, saved, tmp_path, ids):
     model, folder = saved("llama-gqa", tie_word_embeddings=tied)
     plain = load(folder, "w8a8")
-    assert type(plain.lm_head) is torch.nn.Linear
+    assert type(plain.lm_head) is DenseHead and plain.lm_head.weight.dtype.is_floating_point
     assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
     q = load(folder, "w8a8:head=8")
     assert isinstance(q.lm_head, QuantLinear) and q.lm_head.recipe.name == "w8a8"

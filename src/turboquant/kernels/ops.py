@@ -73,7 +73,7 @@ def _refusal(
     why: str | None = supports(op, layout, device) if supports else None
     if why is None and not hasattr(module, op):
         why = f"{name} has no {op}"
-    if why is not None or op in LINEAR_OPS or op == "dense":
+    if why is not None or not op.startswith("cache_"):
         return why
     if chunk.grad and not getattr(module, "GRADIENTS", True):
         return f"{name} computes no gradients, and an argument requires one"
@@ -294,14 +294,20 @@ def linear(
                 "it once within use_backend before it is compiled"
             )
     else:
-        backend = _chosen("linear", spec, x.device, _forced.get())
-        run = import_module(f"turboquant.kernels.{backend}").linear
-        state.backend, state.run = backend, run
+        state.backend, run = _linear(spec, x.device, _forced.get())
+        state.run = run
     return run(x, weight, bias, recipe, state)
 
 
+@lru_cache(maxsize=4096)
+def _linear(spec: LinearSpec, device: torch.device, forced: str) -> tuple[str, Any]:
+    backend = _chosen("linear", spec, device, forced)
+    return backend, import_module(f"turboquant.kernels.{backend}").linear
+
+
 def fused(op: str, spec: LinearSpec, device: torch.device) -> Any:
-    """A kernel's "norm_quantize" or "gate_quantize" for a layer of 8-bit inputs, contracts in `fused`.
+    """A kernel's "norm_quantize" or "gate_quantize" (contracts in `fused`), "linears" or "mlp" (contracts in
+    `cpu.linear`) for a layer of 8-bit inputs.
 
     Returns:
         None where no backend has one, or the layer itself runs on the reference, which quantizes its rows itself.
@@ -321,7 +327,7 @@ def _fused(op: str, spec: LinearSpec, device: torch.device, forced: str) -> Any:
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x·Wᵀ + bias of a float layer in x's dtype: by a backend that has an op for it (contract in `cpu.head.dense`), else
+    """x·Wᵀ + bias of a float layer in x's dtype: by a backend that has such an op (contract in `cpu.head.dense`), else
     by torch. The compiler sees torch's."""
     run = None if torch.compiler.is_compiling() else _dense(weight.shape, x.dtype, x.device, _forced.get())[0]
     return F.linear(x, weight, bias) if run is None else run(x, weight, bias)

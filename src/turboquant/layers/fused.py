@@ -20,6 +20,7 @@ from turboquant.kernels import ops
 from turboquant.kernels.fused import ACTIVATIONS, NormRule, rms_norm
 from turboquant.kernels.linear import Coded
 from turboquant.layers.linear import QuantLinear
+from turboquant.layers.together import Together
 
 NORM_BEFORE = {  # which norm of the block scales the input of which layer
     "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
@@ -176,6 +177,13 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K) in x's dtype."""
+        run = None
+        if not torch.compiler.is_compiling() and x.numel() and not _wants_grad(x):
+            run = self.kernel(x.dtype, x.device)
+        if run is not None:
+            slot = self.down_proj.slot
+            wide, down = [(m.slot.packed(), m.bias) for m in self._wide()], (slot.packed(), self.down_proj.bias)
+            return run(x, wide, down, self.rule.activation, slot.recipe.activations, slot.state())
         if self.rule.joint:
             gate, up = self.gate_up_proj(x).chunk(2, -1)
         else:
@@ -187,6 +195,20 @@ class FusedMLP(nn.Module):
             return down(ACTIVATIONS[self.rule.activation](gate) * up)
         rows = run(gate, up, self.rule.activation, down.recipe.activations)
         return down.slot(Coded(rows, gate.dtype), down.bias)
+
+    def _wide(self) -> list[Any]:
+        m = self._modules
+        return [m["gate_up_proj"]] if self.rule.joint else [m["gate_proj"], m["up_proj"]]
+
+    def kernel(self, dtype: torch.dtype, device: torch.device) -> Any:
+        """The op "mlp" that computes all of it in one call; None where no backend has one for these layers."""
+        run, layers = None, [*self._wide(), self.down_proj]
+        if all(_reads_int8(m) for m in layers):
+            for m in layers:
+                run = ops.fused("mlp", m.slot.spec(dtype), device)
+                if run is None:
+                    break
+        return run
 
     def extra_repr(self) -> str:
         return f"{self.rule}"
@@ -212,13 +234,27 @@ def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, str, QuantLinear, Any]]:
-    """(name, module, op, the layer that reads its output, rule or why it has none) of norms and MLPs as they were."""
-    norms: dict[str, tuple[Any, QuantLinear]] = {}
+def _readers(model: nn.Module) -> dict[str, tuple[Any, list[QuantLinear]]]:
+    """Name of a norm -> the norm and the quantized layers that read it: q, k and v, gate and up."""
+    norms: dict[str, tuple[Any, list[QuantLinear]]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear) and _reads_int8(layer) and (found := norm_before(model, name)):
-            norms.setdefault(found[0], (found[1], layer))
-    for name, (norm, layer) in norms.items():
+            norms.setdefault(found[0], (found[1], []))[1].append(layer)
+    return norms
+
+
+def _put_together(model: nn.Module) -> None:
+    for _, layers in _readers(model).values():
+        some = [m for m in layers if m.recipe.weights is not None and m.in_features == layers[0].in_features]
+        if len(some) > 1:
+            together = Together(some)
+            for m in some:
+                m.together = together
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, str, QuantLinear, Any]]:
+    """(name, module, op, the layer that reads its output, rule or why it has none) of norms and MLPs as they were."""
+    for name, (norm, (layer, *_)) in _readers(model).items():
         if not isinstance(norm, FusedNorm):
             narrow = None if norm.weight.shape == (layer.in_features,) else "its width is another"
             yield name, norm, "norm_quantize", layer, _changed(norm) or narrow or norm_rule(norm)
@@ -229,7 +265,8 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, str, QuantLinear, 
 
 
 def fuse(model: nn.Module, head: nn.Module | None = None) -> list[dict[str, Any]]:
-    """Put fused modules in place of norms and MLPs around quantized layers with 8-bit inputs.
+    """Put fused modules in place of norms and MLPs around quantized layers with 8-bit inputs, and let layers that read
+    one input run together.
 
     Args:
         head: the output embeddings, which get a product of their own where they stay as they are.
@@ -241,6 +278,7 @@ def fuse(model: nn.Module, head: nn.Module | None = None) -> list[dict[str, Any]
     for name, module in list(model.named_modules()):
         if module is head and type(module) is nn.Linear and not _changed(module):
             _put(model, name, DenseHead(module))
+    _put_together(model)
     for name, module, op, layer, rule in list(_candidates(model)):
         known = not isinstance(rule, str)
         if known:
@@ -267,9 +305,12 @@ def explain_fused(model: nn.Module, dtype: torch.dtype, device: torch.device | s
             op, slot = "gate_quantize", module.down_proj.slot
         else:
             continue
-        run = ops.fused(op, slot.spec(dtype), torch.device(device))
+        whole = module.kernel(dtype, torch.device(device)) if isinstance(module, FusedMLP) else None
+        run = whole or ops.fused(op, slot.spec(dtype), torch.device(device))
         kernel = "none" if run is None else run.__module__.removeprefix("turboquant.kernels.").split(".")[0]
         why = next(r["why"] for r in ops.explain_linear(slot.spec(dtype), device) if r["op"] == op)
+        if whole is not None:
+            op, why = "mlp", "all of it in one call"
         rows.append({"name": name, "op": op, "kernel": kernel, "why": why})
     return rows
 
@@ -277,6 +318,8 @@ def explain_fused(model: nn.Module, dtype: torch.dtype, device: torch.device | s
 def unfuse(model: nn.Module) -> None:
     """Put the model's own norms and MLPs back, with the parameters and children that their stand-ins have now."""
     for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            module.together = None
         if isinstance(module, FusedNorm):
             module.own[0].weight = module.weight
         elif isinstance(module, FusedMLP):

@@ -26,6 +26,7 @@ class QuantLinear(nn.Linear):
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight
         self.in_features, self.out_features, self.recipe = inputs, outputs, recipe
+        self.together: Any = None  # `together.Together` of the layers that read the same input
         if recipe.weights is None:
             self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype), requires_grad=False)
         self.slot = Slot(self, "weight", (outputs, inputs), recipe, device, shared, like)
@@ -43,9 +44,11 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
+        if self.together is not None and (y := self.together.take(self, x)) is not None:
+            return y
         if self.slot.tracked:
             self.slot.follow(x)
-        return self.slot(x, self.bias)
+        return self.slot(x, self._parameters["bias"])
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantLinear":
         return _apply(self, fn, recurse)

@@ -39,6 +39,9 @@ class Slot:
     ) -> None:  # fmt: skip
         self.module, self.name, self.shape, self.recipe = module, name, tuple(shape), recipe
         self.shared = shared
+        a = recipe.activations
+        self.tracked = a is not None and a.hot_channels(shape[-1]) > 0  # whether this slot has hot channels
+        self._keys = [name + key.removeprefix("weight") for key in NAMES]
         self.tracker: HotTracker | None = None
         self._hot: Hot | None = None
         self.states: dict[int | None, LinearState] = {}
@@ -61,12 +64,6 @@ class Slot:
             out |= {f"{name}_x_{key}": v for key, v in zip(TRACKER, kinds, strict=True)}
         return out
 
-    @property
-    def tracked(self) -> bool:
-        """Whether this slot has hot channels."""
-        a = self.recipe.activations
-        return a is not None and a.hot_channels(self.shape[-1]) > 0
-
     def spec(self, dtype: torch.dtype) -> LinearSpec:
         """What a backend is chosen by, for inputs of a dtype."""
         if dtype not in self._specs:
@@ -77,7 +74,8 @@ class Slot:
 
     def packed(self) -> PackedTensor:
         """The packed weight."""
-        return PackedTensor(*(getattr(self.module, self.name + key.removeprefix("weight")) for key in NAMES))
+        buffers = self.module._buffers
+        return PackedTensor(*[buffers[key] for key in self._keys])  # type: ignore[arg-type]
 
     def dequantized(self, expert: int | None = None) -> Tensor:
         """(..., N, K) fp32 in the basis of the input; of one expert only if named."""
@@ -186,7 +184,8 @@ class Slot:
             return _StraightThrough.apply(x, bias, self, expert)
         return self._run(x, bias, expert)
 
-    def _run(self, x: Tensor | Coded, bias: Tensor | None, expert: int | None) -> Tensor:
+    def state(self, expert: int | None = None) -> LinearState:
+        """What is kept beside the weight, or beside one expert's, to run it."""
         if self.tracked and self._hot is None:
             self._take_columns()
         if expert not in self.states:
@@ -194,13 +193,17 @@ class Slot:
             if hot is not None and expert is not None and hot.weight is not None:
                 hot = Hot(hot.index, hot.sigma, hot.weight[expert])
             self.states[expert] = LinearState(hot, self.shared)
+        return self.states[expert]
+
+    def _run(self, x: Tensor | Coded, bias: Tensor | None, expert: int | None) -> Tensor:
+        state = self.state(expert)
         if self.recipe.weights is None:
             weight: Any = getattr(self.module, self.name)
             weight = weight if expert is None else weight[expert]
         else:
             weight = self.packed() if expert is None else self.packed().select(expert)
-        y = ops.linear(x, weight, bias, self.recipe.activations, self.states[expert], self.spec(x.dtype))
-        if self.states[expert].prepared and not torch.compiler.is_compiling():
+        y = ops.linear(x, weight, bias, self.recipe.activations, state, self.spec(x.dtype))
+        if state.prepared and not torch.compiler.is_compiling():
             self._stow()
         return y
 

@@ -9,11 +9,15 @@ from turboquant.kernels.cpu import cache
 from turboquant.kernels.cpu import linear as _linear
 from turboquant.kernels.cpu.cache import DTYPES, cache_append, cache_attention
 from turboquant.kernels.cpu.head import dense
-from turboquant.kernels.cpu.linear import linear, quantize
+from turboquant.kernels.cpu.linear import linear, linears, mlp, quantize
+from turboquant.kernels.cpu.rows import gate_quantize, norm_quantize
 
 GRADIENTS = False
 
-__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "dense", "linear", "quantize", "supports"]
+__all__ = [
+    "DTYPES", "GRADIENTS", "cache_append", "cache_attention", "dense", "gate_quantize", "linear", "linears", "mlp",
+    "norm_quantize", "quantize", "supports",
+]  # fmt: skip
 
 
 def supports(op: str, layout: Any, device: Any) -> str | None:

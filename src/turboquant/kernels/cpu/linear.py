@@ -6,6 +6,7 @@ holds a copy of the weight in a layout of its own.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -41,7 +42,7 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
         return f"cpu: tensors are on {device.type}"
     if op == "dense":
         return cache.supports(op, None, device) or head.refusal(spec)
-    if op != "linear":
+    if op in ("quantize", "norm_quantize", "gate_quantize", "rotate"):
         if not _quantize_rows():
             return "cpu: the native module has no quantize_rows"
         inputs, bits = getattr(spec, "inputs", 16), getattr(spec, "activation_bits", 8)
@@ -100,25 +101,62 @@ def linear(
     if recipe is None:
         assert isinstance(x, Tensor)
         return _float_rows(x, weight, bias, state)
-    packed = state.prepared.get("cpu")
-    if packed is None or packed.key != product.key_of(weight):
-        packed = state.prepared["cpu"] = product.Packed(weight)
-    k = x.shape[-1]
-    if isinstance(x, Tensor) and recipe.bits == 8 and _at_once(x, packed, recipe, state):
-        return product.multiply_float(packed, x.reshape(-1, k), bias).view(*x.shape[:-1], packed.outputs)
+    if recipe.bits == 8:
+        return linears(x, [(weight, bias)], recipe, state)[0]
+    assert isinstance(x, Tensor)
     q = reference.rows_of(x, recipe, state, quantize)
-    if isinstance(q, Int8Rows):
-        return product.multiply(packed, q, bias, x.dtype)
-    y = product.multiply(packed, Int8Rows(q.int8(), q.unit), None, torch.float32)
+    assert isinstance(q, Int4Rows)
+    packed = _packed(state, "cpu", [(weight, None)])
+    y = product.multiply(packed, Int8Rows(q.int8(), q.unit), torch.float32)[0]
     if state.hot is not None and state.hot.weight is not None:
         y += (q.hot.float() * q.hot_unit) @ state.hot.weight.T
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _at_once(x: Tensor, packed: product.Packed, recipe: ActivationRecipe, state: LinearState) -> bool:
-    """Whether rounding x within the product costs less than sharing its rows: few rows, that nobody has made yet."""
-    few = x.numel() <= product.AT_ONCE * x.shape[-1] and product.fits(x, packed)
-    return few and (state.shared is None or state.shared.made(x, recipe) is None)
+def linears(
+    x: Tensor | Coded, pairs: Sequence[product.Pair], recipe: ActivationRecipe, state: LinearState
+) -> list[Tensor]:
+    """`linear` of one input for several packed weights and their biases, all of K inputs of 8 bit, in one call."""
+    packed = _packed(state, "cpu" if len(pairs) == 1 else "cpu together", pairs)
+    return product.multiply(packed, _rows(x, packed, recipe, state), x.dtype)
+
+
+def mlp(
+    x: Tensor,
+    wide: Sequence[product.Pair],
+    down: product.Pair,
+    activation: str,
+    recipe: ActivationRecipe,
+    state: LinearState,
+) -> Tensor:
+    """down(activation(gate)·up) of one input in one call; every layer packed, with inputs of 8 bit.
+
+    Args:
+        x: (..., K). wide: gate and up, or both in one weight. state: of the layer down.
+    """
+    packed = _packed(state, "cpu wide", wide)
+    return product.mlp(packed, _packed(state, "cpu", [down]), _rows(x, packed, recipe, state), activation, x.dtype)
+
+
+def _packed(state: LinearState, name: str, pairs: Sequence[product.Pair]) -> product.Packed:
+    packed = state.prepared.get(name)
+    if packed is None or packed.key != product.key_of(pairs):
+        packed = state.prepared[name] = product.Packed(*pairs)
+    return packed
+
+
+def _rows(x: Tensor | Coded, packed: product.Packed, recipe: ActivationRecipe, state: LinearState) -> Tensor | Int8Rows:
+    """int8 rows of x: those there are already; x itself where rounding it within the product costs less than sharing
+    its rows, that is, few rows."""
+    if isinstance(x, Tensor):
+        made = state.shared.made(x, recipe) if state.shared is not None else None
+        if made is not None:
+            return made
+        if x.numel() <= product.AT_ONCE * x.shape[-1] and product.fits(x, packed):
+            return x
+    rows = reference.rows_of(x, recipe, state, quantize)
+    assert isinstance(rows, Int8Rows)
+    return rows
 
 
 def _float_rows(x: Tensor, weight: PackedTensor, bias: Tensor | None, state: LinearState) -> Tensor:

@@ -1,14 +1,21 @@
-"""Inputs of linear layers to int8 on the CPU: rotation, a scale per row and rounding in one pass over the row."""
+"""Inputs of linear layers to int8 on the CPU: rotation, a scale per row and rounding in one pass over the row, also
+behind a norm or a gate."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from turboquant.kernels import fused
 from turboquant.kernels.cpu import cache
-from turboquant.maths.rotation import signs
+from turboquant.kernels.fused import NormRule
+from turboquant.maths.activations import Int8Rows
+from turboquant.maths.rotation import hadamard_block, signs
+from turboquant.recipe import ActivationRecipe
 
 LEAST_BLOCK = 16
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # as csrc/spec.h numbers them
 
 
 @lru_cache(maxsize=64)
@@ -46,3 +53,40 @@ def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     sizes = (rows, width, x.stride(0), block, cache.DTYPES[x.dtype])
     cache._native.quantize_rows(cache.isa(), torch.get_num_threads(), at, sizes, block**-0.5)
     return codes, scale
+
+
+def norm_quantize(x: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationRecipe) -> tuple[Tensor, Int8Rows]:
+    """Contract in `kernels.fused.norm_quantize`, which runs where the weight is of another dtype than x."""
+    if x.dtype not in cache.DTYPES or weight.dtype != x.dtype or not weight.is_contiguous():
+        return fused.norm_quantize(x, weight, rule, recipe)
+    flat, y = _dense(x), torch.empty(x.shape, dtype=x.dtype)
+    rows, args, _alive = _arguments(flat, x.shape)
+    more = weight.data_ptr(), y.data_ptr(), rule.eps, rule.shift, rule.once
+    cache._native.norm_quantize(cache.isa(), torch.get_num_threads(), *args, *more)
+    return y, rows
+
+
+def gate_quantize(gate: Tensor, up: Tensor, activation: str, recipe: ActivationRecipe) -> Int8Rows:
+    """Contract in `kernels.fused.gate_quantize`."""
+    if gate.dtype not in cache.DTYPES or up.dtype != gate.dtype:
+        return fused.gate_quantize(gate, up, activation, recipe)
+    a, b = _dense(gate), _dense(up)
+    if a.stride(0) != b.stride(0):
+        a, b = a.contiguous(), b.contiguous()
+    rows, args, _alive = _arguments(a, gate.shape)
+    cache._native.gate_quantize(cache.isa(), torch.get_num_threads(), *args, b.data_ptr(), ACTIVATIONS[activation])
+    return rows
+
+
+def _dense(x: Tensor) -> Tensor:
+    flat = x.detach().reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _arguments(x: Tensor, shape: torch.Size) -> tuple[Int8Rows, tuple[Any, ...], Any]:
+    """Rows to be filled from x (M, K), the native call's addresses, sizes and norm, and what has to live through it."""
+    m, k = x.shape
+    block, sign = hadamard_block(k), _signs(k)
+    rows = Int8Rows(torch.empty(shape, dtype=torch.int8), torch.empty(*shape[:-1], 1))
+    at = (x.data_ptr(), sign.data_ptr(), rows.codes.data_ptr(), rows.unit.data_ptr())
+    return rows, (at, (m, k, x.stride(0), block, cache.DTYPES[x.dtype]), block**-0.5), sign

@@ -19,7 +19,7 @@ static void write(const Product& p, int64_t m, int64_t n, int count, float* y) {
   if (p.bias) {
     for (int i = 0; i < count; i++) y[i] += scalar_as(p.bias, p.bias_dtype, n + i);
   }
-  const int64_t at = m * p.w.n + n;
+  const int64_t at = m * p.stride + n;
   if (p.dtype == 0) {
     std::memcpy((float*)p.out + at, y, sizeof(float) * size_t(count));
   } else if (p.dtype == 1) {

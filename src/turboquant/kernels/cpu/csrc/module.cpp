@@ -110,6 +110,57 @@ void quantize(const RowsToQuantize& a, int64_t rows, const Quantizer& q, int thr
   });
 }
 
+// addresses: x signs codes scale; sizes: rows width stride block dtype
+RowsToQuantize rows_to_quantize(const std::array<int64_t, 4>& at, const std::array<int64_t, 5>& size, double norm) {
+  return {address<void>(at[0]), int(size[4]), int(size[3]), size[1], size[2], address<float>(at[1]), float(norm),
+          address<int8_t>(at[2]), address<float>(at[3]), PLAIN, nullptr, nullptr, 0, 0, 0, nullptr, 0};
+}
+
+// Packed weights that meet the same rows, by: addresses of codes, scale, zero and bias (0: none); N K G S, dtype of bias
+struct Weights {
+  struct One {
+    Weight weight;
+    const void* bias;
+    int bias_dtype;
+  };
+  std::vector<One> all;
+  explicit Weights(const std::vector<std::array<int64_t, 9>>& some) {
+    for (const auto& w : some) {
+      all.push_back({{address<uint8_t>(w[0]), address<uint16_t>(w[1]), address<uint8_t>(w[2]), w[4], w[5], w[6],
+                      int(w[7])}, address<void>(w[3]), int(w[8])});
+      if (w[5] != some[0][5]) throw std::invalid_argument("weights of different inputs");
+    }
+  }
+};
+
+Product product_of(const Weights::One& w, int64_t rows, const int8_t* x, const float* unit, void* out, int dtype,
+                   int64_t stride) {
+  return {w.weight, rows, x, nullptr, unit, w.bias, w.bias_dtype, out, dtype, stride};
+}
+
+// The rows of a product: int8 codes as they are, or made of float rows
+struct Input {
+  int64_t rows;
+  const int8_t* x;
+  const float* unit;
+  std::unique_ptr<int8_t[]> codes;
+  std::unique_ptr<float[]> units;
+  Input(const Weights& some, const std::string& isa, int threads, const std::array<int64_t, 3>& at,
+        const std::array<int64_t, 5>& size, double norm)
+      : rows(size[0]), x(address<int8_t>(at[0])), unit(address<float>(at[1])) {
+    if (!at[2]) return;
+    const int64_t k = some.all.at(0).weight.k;
+    codes.reset(new int8_t[rows * k]), units.reset(new float[rows]);
+    quantize({address<void>(at[0]), int(size[3]), int(size[2]), k, size[1], address<float>(at[2]), float(norm),
+              codes.get(), units.get(), PLAIN, nullptr, nullptr, 0, 0, 0, nullptr, 0}, rows, quantizer_of(isa.c_str()),
+             threads);
+    x = codes.get(), unit = units.get();
+  }
+  Product product(const Weights::One& w, void* out, int dtype, int64_t stride) const {
+    return product_of(w, rows, x, unit, out, dtype, stride);
+  }
+};
+
 struct Prepared {
   Call call{};
   std::vector<int64_t> start, position;
@@ -175,32 +226,66 @@ NB_MODULE(_native, m) {
   m.def("quantize_rows", [](const std::string& isa, int threads, const std::array<int64_t, 4>& at,
                             const std::array<int64_t, 5>& size, double norm) {
     nb::gil_scoped_release release;
-    const RowsToQuantize a{address<void>(at[0]), int(size[4]), int(size[3]), size[1], size[2], address<float>(at[1]),
-                           float(norm), address<int8_t>(at[2]), address<float>(at[3])};
+    quantize(rows_to_quantize(at, size, norm), size[0], quantizer_of(isa.c_str()), threads);
+  });
+  // the same behind a norm; more: weight y, eps, shift, whether it is rounded once
+  m.def("norm_quantize", [](const std::string& isa, int threads, const std::array<int64_t, 4>& at,
+                            const std::array<int64_t, 5>& size, double norm, int64_t weight, int64_t y, double eps,
+                            double shift, bool once) {
+    nb::gil_scoped_release release;
+    RowsToQuantize a = rows_to_quantize(at, size, norm);
+    a.before = NORM, a.weight = address<void>(weight), a.y = address<void>(y);
+    a.eps = float(eps), a.shift = float(shift), a.once = once;
     quantize(a, size[0], quantizer_of(isa.c_str()), threads);
   });
-  // addresses: codes scale zero; sizes: N K G S
-  nb::class_<Weight>(m, "Weight").def("__init__", [](Weight* w, const std::array<int64_t, 3>& at,
-                                                      const std::array<int64_t, 4>& size) {
-    new (w) Weight{address<uint8_t>(at[0]), address<uint16_t>(at[1]), address<uint8_t>(at[2]), size[0], size[1], size[2],
-                   int(size[3])};
-  });
-  // addresses: x unit signs bias out; sizes: rows stride block, dtypes of x, bias and out. With signs, x are rows to be
-  // rotated and rounded, and unit is ignored; without, int8 codes.
-  m.def("linear", [](const Weight& w, const std::string& isa, int threads, const std::array<int64_t, 5>& at,
-                     const std::array<int64_t, 6>& size, double norm) {
+  // the same behind a gate; more: up, which activation
+  m.def("gate_quantize", [](const std::string& isa, int threads, const std::array<int64_t, 4>& at,
+                            const std::array<int64_t, 5>& size, double norm, int64_t up, int activation) {
     nb::gil_scoped_release release;
-    Product p{w, size[0], address<int8_t>(at[0]), nullptr, address<float>(at[1]), address<void>(at[3]), int(size[4]),
-              address<void>(at[4]), int(size[5])};
-    std::unique_ptr<int8_t[]> codes;
-    std::unique_ptr<float[]> unit;
-    if (at[2]) {
-      codes.reset(new int8_t[p.m * w.k]), unit.reset(new float[p.m]);
-      quantize({address<void>(at[0]), int(size[3]), int(size[2]), w.k, size[1], address<float>(at[2]), float(norm),
-                codes.get(), unit.get()}, p.m, quantizer_of(isa.c_str()), threads);
-      p.x = codes.get(), p.unit = unit.get();
+    RowsToQuantize a = rows_to_quantize(at, size, norm);
+    a.before = GATE, a.up = address<void>(up), a.activation = activation;
+    quantize(a, size[0], quantizer_of(isa.c_str()), threads);
+  });
+  nb::class_<Weights>(m, "Weights").def(nb::init<const std::vector<std::array<int64_t, 9>>&>());
+  // addresses: x unit signs, and an output (M, N) for each weight; sizes: rows stride block, dtypes of x and out. With
+  // signs, x are rows to be rotated and rounded, and unit is ignored; without, int8 codes.
+  m.def("linear", [](const Weights& some, const std::string& isa, int threads, const std::array<int64_t, 3>& at,
+                     const std::vector<int64_t>& outs, const std::array<int64_t, 5>& size, double norm) {
+    nb::gil_scoped_release release;
+    const Input x(some, isa, threads, at, size, norm);
+    std::vector<Product> products;
+    for (size_t i = 0; i < some.all.size(); i++) {
+      const Weights::One& w = some.all[i];
+      products.push_back(x.product(w, address<void>(outs.at(i)), int(size[4]), w.weight.n));
     }
-    multiply(p, multiplier_of(isa.c_str()), threads);
+    multiply(products, multiplier_of(isa.c_str()), threads);
+  });
+  // down(activation(gate)·up) of rows as for `linear`; gate and up are one weight or two. more: the signs of the hidden
+  // row, its block, which activation
+  m.def("mlp", [](const Weights& wide, const Weights& down, const std::string& isa, int threads,
+                  const std::array<int64_t, 3>& at, int64_t out, const std::array<int64_t, 5>& size, double norm,
+                  int64_t signs, int block, double hidden_norm, int activation) {
+    nb::gil_scoped_release release;
+    const Input x(wide, isa, threads, at, size, norm);
+    const Weights::One& w = down.all.at(0);
+    const int dtype = int(size[4]), bytes = dtype ? 2 : 4;
+    const int64_t k = w.weight.k;
+    std::unique_ptr<uint8_t[]> hidden(new uint8_t[x.rows * 2 * k * bytes]);  // (M, 2K): gate, up
+    std::vector<Product> products;
+    int64_t column = 0;
+    for (const Weights::One& one : wide.all) {
+      products.push_back(x.product(one, hidden.get() + column * bytes, dtype, 2 * k));
+      column += one.weight.n;
+    }
+    if (column != 2 * k) throw std::invalid_argument("gate and up have not the width of down");
+    multiply(products, multiplier_of(isa.c_str()), threads);
+    std::unique_ptr<int8_t[]> codes(new int8_t[x.rows * k]);
+    std::unique_ptr<float[]> unit(new float[x.rows]);
+    RowsToQuantize a{hidden.get(), dtype, block, k, 2 * k, address<float>(signs), float(hidden_norm), codes.get(),
+                     unit.get(), GATE, nullptr, nullptr, 0, 0, 0, hidden.get() + k * bytes, activation};
+    quantize(a, x.rows, quantizer_of(isa.c_str()), threads);
+    products = {product_of(w, x.rows, codes.get(), unit.get(), address<void>(out), dtype, w.weight.n)};
+    multiply(products, multiplier_of(isa.c_str()), threads);
   });
   // addresses: x weight bias out; sizes: M N K stride, dtypes of x and bias
   m.def("dense", [](const std::string& isa, int threads, const std::array<int64_t, 4>& at,

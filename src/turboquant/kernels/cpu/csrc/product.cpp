@@ -48,27 +48,47 @@ uint8_t* scratch_of_thread(int64_t bytes) {  // on a cache line
 
 }  // namespace
 
-void multiply(Product p, const Multiplier& kernel, int threads) {
-  const Weight& w = p.w;
-  if (p.m == 0 || w.n == 0) return;
-  std::unique_ptr<int8_t[]> x(new int8_t[p.m * w.k]);
-  std::unique_ptr<int32_t[]> sums(new int32_t[p.m * w.groups]);
+void multiply(std::vector<Product>& some, const Multiplier& kernel, int threads) {
+  if (some.empty() || some[0].m == 0) return;
+  const int64_t m_all = some[0].m, k = some[0].w.k;
+  std::unique_ptr<int8_t[]> x(new int8_t[m_all * k]);
+  int64_t most = 0;
+  for (const Product& p : some) most += p.w.groups;
+  std::unique_ptr<int32_t[]> sums(new int32_t[m_all * most]);
   std::vector<int64_t> starts;
-  for (int64_t m = 0; m < p.m; m += block_rows(p.m, p.m - m, kernel.block)) starts.push_back(m);
-  const int64_t blocks = int64_t(starts.size()), some = std::max<int64_t>(1, 65536 / (MOST * w.k));
-  starts.push_back(p.m);
-  parallel((blocks + some - 1) / some, threads, [&](int64_t task, int) {
-    for (int64_t b = task * some; b < std::min(blocks, (task + 1) * some); b++) {
-      const int64_t m = starts[b];
-      arrange(w, p.x + m * w.k, int(starts[b + 1] - m), x.get() + m * w.k, sums.get() + m * w.groups);
-    }
-  });
-  p.x = x.get(), p.sums = sums.get();
-  // a task reads about 32 KiB of weights, or computes 32 outputs of many rows
-  const int64_t bytes = 16 * w.k * w.stages;  // of 32 outputs
-  const int64_t per = 32 * (p.m > FEW ? 1 : std::max<int64_t>(1, 32768 / bytes));
-  parallel((w.n + per - 1) / per, threads, [&](int64_t task, int) {
-    kernel.outputs(p, task * per, std::min(w.n, (task + 1) * per), scratch_of_thread(product_scratch(w)));
+  for (int64_t m = 0; m < m_all; m += block_rows(m_all, m_all - m, kernel.block)) starts.push_back(m);
+  const int64_t blocks = int64_t(starts.size()), at_once = std::max<int64_t>(1, 65536 / (MOST * k));
+  starts.push_back(m_all);
+  int32_t* next = sums.get();
+  for (size_t i = 0; i < some.size(); i++) {  // weights of the same groups share their sums
+    Product& p = some[i];
+    const int8_t* rows = p.x;
+    size_t like = 0;
+    while (some[like].w.groups != p.w.groups) like++;
+    p.x = x.get(), p.sums = some[like].sums;
+    if (like != i) continue;
+    int32_t* mine = next;
+    next += m_all * p.w.groups, p.sums = mine;
+    parallel((blocks + at_once - 1) / at_once, threads, [&](int64_t task, int) {
+      for (int64_t b = task * at_once; b < std::min(blocks, (task + 1) * at_once); b++) {
+        const int64_t m = starts[b];
+        arrange(p.w, rows + m * k, int(starts[b + 1] - m), x.get() + m * k, mine + m * p.w.groups);
+      }
+    });
+  }
+  // a task reads about 32 KiB of a weight, or computes 32 outputs of many rows
+  std::vector<int64_t> first{0}, per;
+  for (const Product& p : some) {
+    const int64_t bytes = 16 * k * p.w.stages;  // of 32 outputs
+    per.push_back(32 * (m_all > FEW ? 1 : std::max<int64_t>(1, 32768 / bytes)));
+    first.push_back(first.back() + (p.w.n + per.back() - 1) / per.back());
+  }
+  parallel(first.back(), threads, [&](int64_t task, int) {
+    size_t i = 0;
+    while (task >= first[i + 1]) i++;
+    const Product& p = some[i];
+    const int64_t n = (task - first[i]) * per[i];
+    kernel.outputs(p, n, std::min(p.w.n, n + per[i]), scratch_of_thread(product_scratch(p.w)));
   });
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 namespace tq {
 
@@ -29,8 +30,9 @@ struct Product {
   const float* unit;    // (M)
   const void* bias;     // (N) or null
   int bias_dtype;
-  void* out;  // (M, N)
+  void* out;  // (M, N), rows `stride` numbers apart
   int dtype;
+  int64_t stride;
 };
 
 struct Multiplier {
@@ -51,7 +53,8 @@ inline int block_rows(int64_t m, int64_t left, int most) {
 
 inline int64_t product_scratch(const Weight& w) { return 32 * w.k + 2 * 16 * 8 * w.groups + MOST * 32 * 4 + 256; }
 
-// out <- rows·Wᵀ for int8 rows (M, K); `unit` and `x` of p are those rows and units as they come, sums is ignored
-void multiply(Product p, const Multiplier& k, int threads);
+// out <- rows·Wᵀ for int8 rows (M, K) and each of some weights of K inputs; `unit` and `x` of each are the same rows and
+// units as they come, sums is ignored
+void multiply(std::vector<Product>& some, const Multiplier& k, int threads);
 
 }  // namespace tq

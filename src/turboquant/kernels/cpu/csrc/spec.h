@@ -97,6 +97,9 @@ struct Encoder {
   void (*encode)(const Spec&, const PageInput&, float* scratch);
 };
 
+enum Before : int { PLAIN = 0, NORM = 1, GATE = 2 };  // what is computed of a row before it is rotated
+enum Activation : int { SILU = 0, GELU_TANH = 1 };
+
 struct RowsToQuantize {  // rows of `width` numbers, `stride` elements apart
   const void* x;
   int dtype, block;
@@ -105,6 +108,13 @@ struct RowsToQuantize {  // rows of `width` numbers, `stride` elements apart
   float norm;          // block^-1/2
   int8_t* codes;       // (rows, width)
   float* scale;        // (rows)
+  Before before;
+  const void* weight;  // NORM: (width) of x's dtype, and y <- x / sqrt(mean(x²) + eps) · (weight + shift), (rows, width)
+  void* y;
+  float eps, shift;
+  int once;            // rounded to the dtype once, at the end; else before the product with the weight too
+  const void* up;      // GATE: rows like x; activation(x)·up
+  int activation;
 };
 
 struct Quantizer {
