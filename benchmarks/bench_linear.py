@@ -137,18 +137,18 @@ def bench_shape(name: str, args: argparse.Namespace, failed: list[str]) -> list[
             torch.backends.cuda.matmul.allow_tf32 = False
             want = operand @ decoded.T
             bound = 2 * relative(operand.bfloat16() @ decoded.bfloat16().T, want)
-            error = relative(multiply(layers[0], codes, unit), want)
+            error = relative(multiply(layers[0], packed, codes, unit), want)
             if not error <= bound:
                 failed.append(f"{name} M={m} {variant}: error {error:.5f} over {bound:.5f}")
                 continue
-            gemm = median_ms([lambda v=v, c=codes, u=unit: multiply(v, c, u) for v in layers], args.replays)
+            gemm = median_ms([lambda v=v, c=codes, u=unit: multiply(v, packed, c, u) for v in layers], args.replays)
             total = gemm
             if bits == 8 and m in quant:
                 call = make(m)[0]
 
                 def both(v: Any, call: Any = call) -> torch.Tensor:
                     r = call()
-                    return multiply(v, r.codes, r.unit)
+                    return multiply(v, packed, r.codes, r.unit)
 
                 total = median_ms([lambda v=v: both(v) for v in layers], args.replays)
             moved = packed.nbytes + codes.nbytes + 2 * m * n

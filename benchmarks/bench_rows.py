@@ -111,12 +111,14 @@ def bench_chain(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]
         x = before()
         row["bf16_product_ms"] = median_ms([lambda v=v, x=x: F.linear(x, v) for v in dense], args.replays)
         row["bf16_ms"] = median_ms([lambda v=v, f=before: F.linear(f(), v) for v in dense], args.replays)
-        row["product_ms"] = median_ms([lambda v=v, q=codes: multiply(v, q.codes, q.unit) for v in layers], args.replays)
+        row["product_ms"] = median_ms(
+            [lambda v=v, q=codes: multiply(v, packed, q.codes, q.unit) for v in layers], args.replays
+        )
         for early in (False, True):
 
             def chain(v: Any, a: Any = a, launch: Any = Launch(early=early)) -> torch.Tensor:  # noqa: B008
                 q = fused_quantize(**a, launch=launch)
-                return multiply(v, q.codes, q.unit)
+                return multiply(v, packed, q.codes, q.unit)
 
             ms = median_ms([lambda v=v, f=chain: f(v) for v in layers], args.replays)
             alone, pays = ms - row["product_ms"], row["bf16_ms"] - row["bf16_product_ms"]

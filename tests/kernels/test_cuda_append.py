@@ -138,7 +138,7 @@ def emulated(monkeypatch, tmp_path):
             folder.mkdir()
             for source in ("append.cu", "page.cuh", "rows.cuh"):
                 text = (nvrtc.SOURCES / source).read_text()
-                text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = shared_memory;")
+                text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = block_memory();")
                 (folder / source).write_text(text)
             text = append.config(layout, dtype).replace("__constant__", "static const").replace("__device__", "static")
             (folder / "config.cuh").write_text(text)

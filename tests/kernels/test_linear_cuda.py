@@ -1,5 +1,7 @@
 """The CUDA and Triton kernels of linear layers against the reference; need a GPU."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,6 +89,30 @@ def test_linear(name, rows):
     plain = F.linear(x, layer.slot.dequantized().bfloat16(), layer.bias)
     exact = F.linear(x.float(), layer.slot.dequantized(), layer.bias.float())
     assert relative(got, want) <= 2 * relative(plain, exact)
+
+
+@pytest.mark.parametrize("group", [0, 128])
+def test_few_rows_run_on_the_bytes_that_humming_holds(group):
+    """Which `prepare` finds out, and says so where it is not the case."""
+    pytest.importorskip("humming")
+    from turboquant.kernels.cuda import product
+    from turboquant.packed.tensor import PackedTensor
+    from turboquant.recipe import WeightRecipe
+
+    linear = importlib.import_module("turboquant.kernels.cuda.linear")
+    weight = PackedTensor.quantize(torch.randn(384, 1024, device="cuda"), WeightRecipe(4, group=group))
+    if why := product.refusal(384, 1024, weight.group, 1, weight.scale.device):
+        pytest.skip(why)
+    ready = linear.prepare(weight, 8, torch.bfloat16)
+    assert ready.few == product.MAX_ROWS
+    x = encode_int8(torch.randn(product.MAX_ROWS + 1, 1024, device="cuda"))
+    both = (
+        linear.multiply(ready, weight, x.codes, x.unit)[:-1],
+        linear.multiply(ready, weight, x.codes[:-1], x.unit[:-1]),
+    )
+    exact = (x.codes[:-1] * x.unit[:-1]) @ weight.dequantize().T
+    plain = (x.codes[:-1] * x.unit[:-1]).bfloat16() @ weight.dequantize().bfloat16().T
+    assert all(relative(y, exact) <= 2 * relative(plain, exact) for y in both)
 
 
 def test_a_gpu_holds_a_weight_once():

@@ -35,7 +35,7 @@ struct uint2 {
   u32 x, y;
 };
 static Three threadIdx, blockIdx, gridDim, blockDim;
-static u8 shared_memory[1 << 18] __attribute__((aligned(128)));
+static u8 shared_memory[8][1 << 18] __attribute__((aligned(128)));  // of the blocks of a cluster
 
 struct Fiber {
   ucontext_t context;
@@ -47,12 +47,17 @@ static ucontext_t scheduler;
 static int current;
 static std::function<void()> body;
 static u32 exchange[2048];
-static int arrived[64], generation[64], any[2];  // by warp; the last of a block
+static int arrived[256], generation[256], any[2], first_block;  // by warp; from 192 on by block
 
+static void enter(int fiber) {
+  current = fiber, threadIdx.x = fiber % blockDim.x, blockIdx.x = first_block + fiber / blockDim.x;
+}
+static int block() { return current / blockDim.x; }
+static u8* block_memory() { return shared_memory[block()]; }
 static void yield() {
   const int me = current;
   swapcontext(&fibers[me].context, &scheduler);
-  current = me, threadIdx.x = me;
+  enter(me);
 }
 static void barrier(int group, int members) {
   const int now = generation[group];
@@ -64,23 +69,28 @@ static int alive() {
   for (auto& f : fibers) n += !f.done;
   return n;
 }
-static void __syncthreads() { barrier(63, alive()); }
+static int alive_here() {
+  int n = 0;
+  for (int i = 0; i < blockDim.x; i++) n += !fibers[block() * blockDim.x + i].done;
+  return n;
+}
+static void __syncthreads() { barrier(192 + block(), alive_here()); }
 static int __syncthreads_or(int x) {
-  const int slot = generation[63] / 2 & 1;
+  const int slot = generation[192] / 2 & 1;
   any[slot] |= x != 0;
-  barrier(63, alive());
+  barrier(192, alive());
   const int out = any[slot];
-  barrier(63, alive());
+  barrier(192, alive());
   any[slot] = 0;
   return out;
 }
 template <class T> static T __shfl_xor_sync(u32, T x, int n) {
   static_assert(sizeof(T) == 4, "one word");
-  const int warp = threadIdx.x / 32;
-  std::memcpy(&exchange[threadIdx.x], &x, 4);
+  const int warp = current / 32;
+  std::memcpy(&exchange[current], &x, 4);
   barrier(warp, 32);
   T y;
-  std::memcpy(&y, &exchange[threadIdx.x ^ n], 4);
+  std::memcpy(&y, &exchange[current ^ n], 4);
   barrier(warp, 32);
   return y;
 }
@@ -97,15 +107,15 @@ static void entry() {
   fibers[current].done = true;
   swapcontext(&fibers[current].context, &scheduler);
 }
-static void launch(Three grid, int threads, std::function<void()> kernel) {
+static void launch(Three grid, int threads, std::function<void()> kernel, int cluster = 1) {
   gridDim = grid, blockDim.x = threads, body = kernel;
   for (int z = 0; z < grid.z; z++)
     for (int y = 0; y < grid.y; y++)
-      for (int x = 0; x < grid.x; x++) {
-        blockIdx.x = x, blockIdx.y = y, blockIdx.z = z;
+      for (int x = 0; x < grid.x; x += cluster) {
+        first_block = x, blockIdx.y = y, blockIdx.z = z;
         std::memset(shared_memory, 0xEE, sizeof shared_memory);
         std::memset(arrived, 0, sizeof arrived), std::memset(any, 0, sizeof any);
-        if (int(fibers.size()) != threads) fibers = std::vector<Fiber>(threads);
+        if (int(fibers.size()) != threads * cluster) fibers = std::vector<Fiber>(threads * cluster);
         for (auto& f : fibers) {
           f.done = false;
           getcontext(&f.context);
@@ -114,8 +124,8 @@ static void launch(Three grid, int threads, std::function<void()> kernel) {
           makecontext(&f.context, entry, 0);
         }
         while (alive())
-          for (int t = 0; t < threads; t++)
-            if (!fibers[t].done) current = t, threadIdx.x = t, swapcontext(&scheduler, &fibers[t].context);
+          for (int t = 0; t < threads * cluster; t++)
+            if (!fibers[t].done) enter(t), swapcontext(&scheduler, &fibers[t].context);
       }
 }
 
@@ -172,7 +182,7 @@ static float half_(u16 x) {
 static float wide(u16 x) { return BF16 ? __uint_as_float(u32(x) << 16) : half_(x); }
 static float wide_low(u32 pair) { return wide(u16(pair)); }
 static float wide_high(u32 pair) { return wide(u16(pair >> 16)); }
-static u32 two_16(float lo, float) {  // the lower one is all that append.cu uses
+static u32 two_16(float lo, float) {  // the lower one is all that is used
   if (!BF16) return to_half(lo);
   if (lo != lo) return 0x7FFF;
   const u32 x = __float_as_uint(lo);

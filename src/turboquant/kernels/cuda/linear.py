@@ -1,4 +1,5 @@
-"""Linear layers on CUDA: int8 rows times packed 4-bit weights by humming-kernels (`pip install 'turboquant[cuda]'`).
+"""Linear layers on CUDA: int8 rows times packed 4-bit weights by humming-kernels (`pip install 'turboquant[cuda]'`), and
+by a kernel of our own where rows are few (`product`), on the same bytes.
 
 A weight of two stages is two products, W = s·(c₁ - z) + s/16·(c₂ - 8): both are 4-bit weights to the kernel, and the
 bytes read are those of one 8-bit weight. Scales become 16-bit floats of the model's dtype, as the kernel takes them.
@@ -7,12 +8,14 @@ are compiled when a shape first comes; it chooses among them by the number of ro
 """
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from turboquant.kernels import ops
+from turboquant.kernels.cuda import product
 from turboquant.kernels.linear import Coded, LinearSpec, LinearState, rows_of
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.packed.tensor import PackedTensor
@@ -64,23 +67,59 @@ def _layer(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int, bits: 
     return layer
 
 
-def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> list[Any]:
-    """One layer of humming a stage, for inputs of `bits` (8 for int8 rows, 16 for rows of `dtype`)."""
-    coded, scale = weight.coded(), weight.scale.float()
-    out = [_layer(coded.codes[0], scale, coded.zero, weight.group, bits, dtype)]
+class Prepared(torch.nn.Module):
+    """One layer of humming a stage.
+
+    Attributes:
+        few: rows up to which `product` runs on the first one's weight.
+    """
+
+    def __init__(self, layers: list[Any], few: int) -> None:
+        super().__init__()
+        self.layers, self.few = torch.nn.ModuleList(layers), few
+
+
+def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
+    """For inputs of `bits` (8 for int8 rows, 16 for rows of `dtype`)."""
+    coded, scale, few = weight.coded(), weight.scale.float(), 0
+    layers = [_layer(coded.codes[0], scale, coded.zero, weight.group, bits, dtype)]
     if weight.stages == 2:
-        out.append(_layer(coded.codes[1], scale / 16, None, weight.group, bits, dtype))
-    return out
+        layers.append(_layer(coded.codes[1], scale / 16, None, weight.group, bits, dtype))
+    if bits == 8 and product.refusal(*weight.shape, weight.group, weight.stages, weight.scale.device) is None:
+        if torch.equal(layers[0].weight.view(torch.uint8).flatten(), product.fragments(coded.codes[0], weight.group)):
+            few = product.MAX_ROWS
+            torch.cuda.current_stream(weight.scale.device).synchronize()  # `product` reads it before it waits
+        else:
+            warnings.warn(
+                "this release of humming-kernels orders weights otherwise: it runs few rows too", stacklevel=2
+            )
+    return Prepared(layers, few)
 
 
-def multiply(layers: list[Any], rows: Tensor, unit: Tensor | None) -> Tensor:
-    """(M, K) int8 with (M, 1) units, or 16-bit rows with None -> (M, N) in the dtype of the layers."""
+def note(spec: LinearSpec, device: torch.device) -> str:
+    """Which kernel runs, by the number of rows, for `explain`."""
+    why: str | None = "for int8 rows"
+    if spec.activation_bits < 16:
+        why = product.refusal(spec.outputs, spec.inputs, spec.group, spec.stages, device)
+    return f"humming-kernels; csrc/product.cu is {why}" if why else (
+        f"csrc/product.cu up to {product.MAX_ROWS} rows, humming-kernels beyond"
+    )  # fmt: skip
+
+
+def multiply(
+    ready: Prepared, weight: PackedTensor, rows: Tensor, unit: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
+    """(M, K) int8 with (M, 1) units, or 16-bit rows with None -> (M, N) in the dtype that was prepared for."""
+    first, dtype = ready.layers[0], ready.layers[0].torch_dtype
+    if unit is not None and len(rows) <= ready.few:
+        bias = None if bias is None else bias.to(dtype)
+        return product.multiply(first.weight, weight.scale, weight.zero, rows, unit, bias, dtype)
     # Rows that arrive with their scale are taken as quantized.
     given: dict[str, Tensor] = {} if unit is None else {"input_scale": unit}
-    y = layers[0](rows, **given)
-    for layer in layers[1:]:
+    y = first(rows, **given)
+    for layer in ready.layers[1:]:
         y = y + layer(rows, **given)
-    return y
+    return y if bias is None else (y + bias).to(dtype)
 
 
 def linear(
@@ -90,19 +129,17 @@ def linear(
     dtype, key = x.dtype, f"cuda {x.dtype}"
     if key not in state.prepared:
         state.prepared[key] = prepare(weight, 16 if recipe is None else 8, dtype)
-    layers, (n, k) = state.prepared[key], weight.shape
+    ready, (n, k) = state.prepared[key], weight.shape
     if 0 in x.shape:
         return torch.empty(*x.shape[:-1], n, dtype=dtype, device=x.device)
     if recipe is None:
         assert isinstance(x, Tensor)
-        y = multiply(layers, x.reshape(-1, k).contiguous(), None)
-    else:
-        with ops.use_backend("auto"):  # humming has no quantizer
-            rows = rows_of(x, recipe, state, ops.quantize)
-        codes = rows.codes if isinstance(rows, Int8Rows) else rows.int8()
-        y = multiply(layers, codes.reshape(-1, k).contiguous(), rows.unit.reshape(-1, 1))
-        if isinstance(rows, Int4Rows) and state.hot is not None and state.hot.weight is not None:
-            hot = (rows.hot.float() * rows.hot_unit).reshape(len(y), -1)
-            y = y + (hot @ state.hot.weight.T).to(y.dtype)
-    y = y.view(*x.shape[:-1], n)
-    return (y if bias is None else y + bias).to(dtype)
+        return multiply(ready, weight, x.reshape(-1, k).contiguous(), None, bias).view(*x.shape[:-1], n)
+    with ops.use_backend("auto"):  # humming has no quantizer
+        rows = rows_of(x, recipe, state, ops.quantize)
+    codes = rows.codes if isinstance(rows, Int8Rows) else rows.int8()
+    y = multiply(ready, weight, codes.reshape(-1, k).contiguous(), rows.unit.reshape(-1, 1).contiguous(), bias)
+    if isinstance(rows, Int4Rows) and state.hot is not None and state.hot.weight is not None:
+        hot = (rows.hot.float() * rows.hot_unit).reshape(len(y), -1)
+        y = y + (hot @ state.hot.weight.T).to(y.dtype)
+    return y.view(*x.shape[:-1], n)

@@ -130,11 +130,13 @@ def launch(
     stream: int,
     call: ctypes.Structure,
     after: bool = False,
+    cluster: int = 1,
 ) -> None:
     """Launch with one argument, a structure passed by value.
 
     Args:
         after: the kernel may start while the one before it ends; it waits for its results by itself (sm_90 and later).
+        cluster: blocks along x that share their memory (sm_90 and later).
     """
     from cuda.bindings import driver
 
@@ -142,10 +144,17 @@ def launch(
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes, config.hStream = shared, stream
+    attributes = []
     if after:
         early = driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [early], 1
+        attributes.append(early)
+    if cluster > 1:
+        size = driver.CUlaunchAttribute()
+        size.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size.value.clusterDim.x, size.value.clusterDim.y, size.value.clusterDim.z = cluster, 1, 1
+        attributes.append(size)
+    config.attrs, config.numAttrs = attributes, len(attributes)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call))
     _check(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")

@@ -1,0 +1,142 @@
+"""Few int8 rows times a packed 4-bit weight on compute capability 9.0: the launch of csrc/product.cu.
+
+Decoding reads a weight once and multiplies little, so what counts is how early its bytes are asked for. The kernel may
+start while the one before it runs (programmatic dependent launch) and fetches weights until the rows are there. It reads
+the weight in the order in which humming-kernels holds it, so that the GPU holds it once; `fragments` is that order.
+Sums of codes are exact; groups are added in one order, which depends on the shape and on the class of the number of
+rows (up to 16, more).
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from turboquant.kernels.cuda import nvrtc
+
+MAX_ROWS = 64
+GROUP = 128  # the one size of groups beside whole rows
+OUTPUTS, STAGE_K, THREADS = 64, 512, 288  # of a block; mirror csrc/product.cu
+SHARED = 113 * 1024  # bytes of a block: two share a multiprocessor
+SPLITS = (1, 2, 4, 8)  # blocks that share the K of an output
+
+
+class _Call(ctypes.Structure):  # mirrors `Call` of csrc/product.cu
+    _fields_ = [
+        *[(n, ctypes.c_void_p) for n in ("weight", "scale", "zero", "codes", "unit", "bias", "out")],
+        *[(n, ctypes.c_int) for n in ("n", "k", "rows", "groups", "split")],
+    ]
+
+
+def refusal(n: int, k: int, group: int, stages: int, device: torch.device) -> str | None:
+    """None if products with few rows run here, else why not."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "made for compute capability 9.0"
+    if stages != 1 or group not in (GROUP, k):
+        return f"for weights of one stage, groups of {GROUP} or whole rows"
+    if n % OUTPUTS or k % 128:
+        return f"for a multiple of {OUTPUTS} outputs and of 128 inputs"
+    return nvrtc.missing()
+
+
+def fragments(codes: Tensor, group: int) -> Tensor:
+    """(N, K) codes below 16 -> (N·K/2,) uint8 in humming's order for int8 rows on compute capability 9.0.
+
+    A lane of a warp finds the operands of two tensor-core products (16 outputs × 32 inputs) in 16 bytes. Whole rows:
+    K/32, N/32, lane, eighth of the 32 outputs, 4 inputs; a byte holds inputs i and i + 16. Groups of 128: K/64, N/16,
+    lane, quarter of the 64 inputs, 4 inputs; a byte holds outputs o and o + 8.
+    """
+    n, k = codes.shape
+    if group == GROUP:
+        x = codes.view(n // 16, 2, 8, k // 64, 4, 4, 4)  # tile, half, o, K/64, quarter, lane of four, input
+        low, high = x.permute(3, 0, 1, 2, 5, 4, 6).unbind(2)
+    else:
+        x = codes.view(n // 32, 4, 8, k // 32, 2, 4, 4)  # tile, eighth, o, K/32, half, lane of four, input
+        low, high = x.permute(3, 0, 4, 2, 5, 1, 6).unbind(2)
+    return (low | high << 4).contiguous().flatten()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a product is cut.
+
+    Attributes:
+        tiles: of 8 rows. among: parts of a block's outputs, one for each of so many warps. stages: of the ring.
+        split: blocks that share K.
+    """
+
+    tiles: int
+    among: int
+    stages: int
+    split: int
+
+    @property
+    def stage_bytes(self) -> int:
+        """Of weights and rows."""
+        return OUTPUTS * STAGE_K // 2 + 8 * self.tiles * (STAGE_K + 16)
+
+    def shared(self, k: int, group: int) -> int:
+        """Bytes of shared memory."""
+        return 128 + self.stages * self.stage_bytes + self._tables(k, group)
+
+    def _tables(self, k: int, group: int) -> int:
+        most = -(-(-(-k // STAGE_K)) // self.split) * STAGE_K  # K of a block
+        return 3 * OUTPUTS * (min(k, most) // group if group < k else 1)
+
+
+def shape_of(n: int, k: int, group: int, rows: int, processors: int) -> Shape:
+    """For so many rows and multiprocessors: as many blocks as fill them, as many stages as fit."""
+    tiles = next(t for t in (1, 2, 4, 8) if rows <= 8 * t)
+    most = -(-k // STAGE_K)
+    fits = [s for s in SPLITS if s <= most]
+    split = next((s for s in fits if n // OUTPUTS * s >= 0.9 * processors), fits[-1])
+    one = Shape(tiles, 1 if tiles <= 2 else 2, 0, split)
+    free = SHARED - one.shared(k, group)
+    return Shape(tiles, one.among, max(2, min(8, free // one.stage_bytes)), split)
+
+
+def config(shape: Shape, k: int, group: int, dtype: torch.dtype) -> str:
+    """config.cuh."""
+    numbers = {
+        "NT": shape.tiles, "SPLIT": shape.among, "STAGES": shape.stages, "GROUP": group if group < k else 0,
+        "PACKED_K": int(group == GROUP), "BF16": int(dtype == torch.bfloat16),
+    }  # fmt: skip
+    return "\n".join(["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items()), ""])
+
+
+@lru_cache(maxsize=4096)
+def _kernel(n: int, k: int, group: int, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, Shape, int]:
+    """(kernel, its shape, bytes of shared memory); rows stand for their class: 8, 16, 32 or 64."""
+    shape = shape_of(n, k, group, rows, torch.cuda.get_device_properties(device).multi_processor_count)
+    shared = shape.shared(k, group)
+    return _function(config(shape, k, group, dtype), device), shape, shared
+
+
+@lru_cache(maxsize=256)
+def _function(source: str, device: torch.device) -> Any:
+    return nvrtc.functions("product.cu", source, ("product",), device, 227 * 1024)[0]
+
+
+def multiply(
+    weight: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, unit: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(M, K) int8 codes with units (M, 1) fp32 times a weight -> (M, N) in dtype, bf16 or fp16; M from 1 to MAX_ROWS.
+
+    Args:
+        weight: as `fragments` gives it, of any dtype. scale: (N, G) fp16. zero: (N, G) uint8.
+        bias: (N,) of dtype or None.
+    """
+    (m, k), (n, groups) = codes.shape, scale.shape
+    kernel, shape, shared = _kernel(n, k, k // groups, next(t for t in (8, 16, 32, 64) if m <= t), dtype, codes.device)
+    out = torch.empty(m, n, dtype=dtype, device=codes.device)
+    call = _Call(
+        weight.data_ptr(), scale.data_ptr(), zero.data_ptr(), codes.data_ptr(), unit.data_ptr(),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(), n, k, m, groups, shape.split,
+    )  # fmt: skip
+    stream = nvrtc.stream_of(codes.device)
+    grid = (shape.split, n // OUTPUTS, 1)
+    nvrtc.launch(kernel, grid, THREADS, shared, stream, call, after=True, cluster=shape.split)
+    return out

@@ -1,0 +1,150 @@
+"""The CUDA product of few rows against exact integers.
+
+Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulation/); with one, on it.
+"""
+
+import ctypes
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from turboquant.kernels.cuda import nvrtc, product
+from turboquant.packed.tensor import PackedTensor
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight (n, k) and a number of rows."""
+
+    n: int = 128
+    k: int = 1024
+    group: int = 0
+    rows: int = 1
+    dtype: torch.dtype = BF16
+    bias: bool = False
+
+
+SMALL = [
+    Case(),
+    Case(rows=7, bias=True, dtype=F16),
+    Case(rows=8, k=2560),
+    Case(rows=13, k=896),
+    Case(rows=32, n=64, k=640),
+    Case(rows=64, n=64, k=512),
+    Case(group=128),
+    Case(group=128, rows=9, k=1664, bias=True),
+    Case(n=256, k=3584),  # more stages than the ring has
+    Case(n=256, k=3584, group=128, rows=24),
+    Case(group=128, rows=41, k=512, n=64, dtype=F16),
+]
+LARGE = [
+    *(Case(n, k, g, m) for n, k in ((4096, 4096), (4096, 14336), (6144, 4096)) for g in (0, 128) for m in (1, 8, 64)),
+    *(Case(28672, 4096, g, 16) for g in (0, 128)),
+    *(Case(384, 896, g, m, t, True) for g in (0, 128) for m in (1, 16, 17, 33) for t in (BF16, F16)),
+    *(Case(128, 18944, 0, m) for m in (2, 3, 5)),
+]
+
+
+def operands(case: Case, device: str):
+    """(a weight, codes of rows, their units, bias), all drawn at random."""
+    draw = torch.Generator().manual_seed(1)
+    groups = case.k // (case.group or case.k)
+    weight = torch.randint(0, 256, (1, case.n, case.k // 2), generator=draw, dtype=torch.uint8)
+    zero = torch.randint(0, 16, (case.n, groups), generator=draw, dtype=torch.uint8)
+    packed = PackedTensor(weight, (torch.rand(case.n, groups, generator=draw) + 0.1).half(), zero)
+    codes = torch.randint(-127, 128, (case.rows, case.k), generator=draw, dtype=torch.int8)
+    unit = torch.rand(case.rows, 1, generator=draw) + 0.01
+    bias = torch.randn(case.n, generator=draw).to(case.dtype) if case.bias else None
+    packed = PackedTensor(*(t.to(device) for t in (packed.codes, packed.scale, packed.zero)))
+    return packed, codes.to(device), unit.to(device), None if bias is None else bias.to(device)
+
+
+def check(case: Case, device: str) -> None:
+    """Whole rows: the integers are exact, so each output is the rounding of one fp32 expression. Groups: within twice
+    what plain torch loses with the decoded weight, and the same bits again."""
+    packed, codes, unit, bias = operands(case, device)
+    coded = packed.coded()
+    group = packed.group
+    weight = product.fragments(coded.codes[0], group)
+    got = product.multiply(weight, packed.scale, packed.zero, codes, unit, bias, case.dtype)
+    x = codes.double()
+    level = coded.codes[0].double() - coded.zero.double().repeat_interleave(group, 1)
+    if group == case.k:
+        value = (x @ level.T).float() * packed.scale[:, 0].float() * unit
+        want = (value if bias is None else value + bias.float()).to(case.dtype)
+        assert torch.equal(got, want), ((got != want).sum(), got[:2, :4], want[:2, :4])
+        return
+    exact = x @ (level * packed.scale.double().repeat_interleave(group, 1)).T * unit
+    exact = exact if bias is None else exact + bias.double()
+    plain = torch.nn.functional.linear((codes * unit).to(case.dtype), packed.dequantize().to(case.dtype), bias)
+    assert (got - exact).norm() <= 2 * (plain - exact).norm()
+    again = product.multiply(weight, packed.scale, packed.zero, codes, unit, bias, case.dtype)
+    assert torch.equal(got, again)
+
+
+@pytest.fixture
+def emulated(monkeypatch, tmp_path):
+    """`product.multiply` on CPU tensors; the memory that it writes to holds NaN before."""
+    here, compiler = Path(__file__).parent / "emulation", shutil.which("g++") or shutil.which("c++")
+    assert compiler, "no C++ compiler"
+
+    def function(source, device):
+        folder = tmp_path / f"{abs(hash(source))}"
+        folder.mkdir(exist_ok=True)
+        text = (nvrtc.SOURCES / "product.cu").read_text()
+        text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = block_memory();")
+        (folder / "product.cu").write_text(text)
+        (folder / "config.cuh").write_text(source)
+        for name in ("ptx.cuh", "pipe.cuh", "product.cpp"):
+            shutil.copy(here / name, folder / name)
+        options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
+        subprocess.run([compiler, *options, "-o", folder / "run.so", folder / "product.cpp"], check=True)
+        return ctypes.CDLL(str(folder / "run.so"))
+
+    def kernel(n, k, group, rows, dtype, device):
+        shape = product.shape_of(n, k, group, rows, 4)  # multiprocessors: some products are split and some are not
+        return function(product.config(shape, k, group, dtype), device), shape, shape.shared(k, group)
+
+    def launch(kernel, blocks, threads, shared, stream, call, after=False, cluster=1):
+        assert after and blocks[0] == cluster and shared <= 227 * 1024
+        kernel.run(ctypes.byref(call), blocks[0], blocks[1], threads, cluster)
+
+    def empty(*size, **options):
+        return torch.full(size, torch.nan, **options)
+
+    monkeypatch.setattr(product, "_kernel", kernel)
+    monkeypatch.setattr(nvrtc, "launch", launch)
+    monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
+    monkeypatch.setattr(product.torch, "empty", empty)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_the_source_on_the_cpu(case, emulated):
+    check(case, "cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
+def test_on_the_gpu(case):
+    if why := product.refusal(case.n, case.k, case.group or case.k, 1, torch.device("cuda", 0)):
+        pytest.skip(why)
+    check(case, "cuda")
+
+
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the test extra brings NVRTC on Linux x86-64"
+)
+@pytest.mark.parametrize("case", [Case(rows=m, group=g, k=4096) for m in (1, 16, 32, 64) for g in (0, 128)], ids=str)
+def test_the_source_compiles(case):
+    group = case.group or case.k
+    shape = product.shape_of(case.n, case.k, group, case.rows, 132)
+    assert shape.shared(case.k, group) <= product.SHARED
+    source = product.config(shape, case.k, group, case.dtype)
+    assert nvrtc.compile_source("product.cu", source, "sm_90a")[:4] == b"\x7fELF"
