@@ -141,12 +141,13 @@ def bench_shape(name: str, args: argparse.Namespace, failed: list[str]) -> list[
             if not error <= bound:
                 failed.append(f"{name} M={m} {variant}: error {error:.5f} over {bound:.5f}")
                 continue
-            gemm = median_ms([lambda v=v, c=codes, u=unit: multiply(v, packed, c, u) for v in layers], args.replays)
+            product = lambda v, c=codes, u=unit, p=packed: multiply(v, p, c, u)  # noqa: E731
+            gemm = median_ms([lambda v=v, f=product: f(v) for v in layers], args.replays)
             total = gemm
             if bits == 8 and m in quant:
                 call = make(m)[0]
 
-                def both(v: Any, call: Any = call) -> torch.Tensor:
+                def both(v: Any, call: Any = call, packed: Any = packed) -> torch.Tensor:
                     r = call()
                     return multiply(v, packed, r.codes, r.unit)
 

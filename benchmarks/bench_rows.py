@@ -29,7 +29,12 @@ from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import WeightRecipe
 
 KINDS = {"plain": 4096, "norm": 4096, "gate": 14336}
-SHAPES = {"o": (4096, "plain"), "qkv": (6144, "norm"), "down": (4096, "gate")}  # N, what comes before; K as of KINDS
+SHAPES = {
+    "o": (4096, "plain"),
+    "qkv": (6144, "norm"),
+    "gate_up": (28672, "norm"),
+    "down": (4096, "gate"),
+}  # N, what comes before; K as of KINDS
 ROWS = (1, 16, 64, 256, 2048)
 
 
@@ -111,12 +116,11 @@ def bench_chain(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]
         x = before()
         row["bf16_product_ms"] = median_ms([lambda v=v, x=x: F.linear(x, v) for v in dense], args.replays)
         row["bf16_ms"] = median_ms([lambda v=v, f=before: F.linear(f(), v) for v in dense], args.replays)
-        row["product_ms"] = median_ms(
-            [lambda v=v, q=codes: multiply(v, packed, q.codes, q.unit) for v in layers], args.replays
-        )
+        product = lambda v, q=codes: multiply(v, packed, q.codes, q.unit)  # noqa: E731
+        row["product_ms"] = median_ms([lambda v=v, f=product: f(v) for v in layers], args.replays)
         for early in (False, True):
 
-            def chain(v: Any, a: Any = a, launch: Any = Launch(early=early)) -> torch.Tensor:  # noqa: B008
+            def chain(v: Any, a: Any = a, launch: Any = Launch(early_to=m if early else 0)) -> torch.Tensor:  # noqa: B008
                 q = fused_quantize(**a, launch=launch)
                 return multiply(v, packed, q.codes, q.unit)
 

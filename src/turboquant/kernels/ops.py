@@ -163,6 +163,9 @@ def _explain(
     rows = []
     for op in ops:
         name, why = choose(op, layout, device, chunk)
+        note = getattr(import_module(f"turboquant.kernels.{name}"), "note", None)
+        if op == "linear" and isinstance(layout, LinearSpec) and note is not None:
+            why = f"{note(layout, device)}; {why}"
         rows.append({"op": op, "kernel": name, "device": str(device), "why": why})
     return rows
 

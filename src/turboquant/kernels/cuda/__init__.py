@@ -10,12 +10,12 @@ from turboquant.kernels.cuda import nvrtc
 from turboquant.kernels.cuda.append import cache_append
 from turboquant.kernels.cuda.attention import MAX_ROWS, MAX_TOKENS, cache_attention
 from turboquant.kernels.cuda.common import DTYPES, refusal
-from turboquant.kernels.cuda.linear import linear
+from turboquant.kernels.cuda.linear import linear, note
 from turboquant.packed.page import PageLayout
 
 GRADIENTS = False
 
-__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "linear", "serves", "supports"]
+__all__ = ["DTYPES", "GRADIENTS", "cache_append", "cache_attention", "linear", "note", "serves", "supports"]
 
 
 def supports(op: str, layout: Any, device: torch.device) -> str | None:

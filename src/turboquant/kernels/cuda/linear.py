@@ -1,5 +1,5 @@
-"""Linear layers on CUDA: int8 rows times packed 4-bit weights by humming-kernels (`pip install 'turboquant[cuda]'`), and
-by a kernel of our own where rows are few (`product`), on the same bytes.
+"""Linear layers on CUDA: int8 rows times packed 4-bit weights by humming-kernels (`pip install 'turboquant[cuda]'`),
+and by a kernel of our own where rows are few (`product`), on the same bytes.
 
 A weight of two stages is two products, W = s·(c₁ - z) + s/16·(c₂ - 8): both are 4-bit weights to the kernel, and the
 bytes read are those of one 8-bit weight. Scales become 16-bit floats of the model's dtype, as the kernel takes them.
@@ -9,7 +9,7 @@ are compiled when a shape first comes; it chooses among them by the number of ro
 
 import importlib.util
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,16 +67,15 @@ def _layer(codes: Tensor, scale: Tensor, zero: Tensor | None, group: int, bits: 
     return layer
 
 
-class Prepared(torch.nn.Module):
-    """One layer of humming a stage.
+class Prepared(NamedTuple):
+    """A weight for one dtype.
 
     Attributes:
-        few: rows up to which `product` runs on the first one's weight.
+        layers: one of humming a stage. few: rows up to which `product` runs on the first one's weight.
     """
 
-    def __init__(self, layers: list[Any], few: int) -> None:
-        super().__init__()
-        self.layers, self.few = torch.nn.ModuleList(layers), few
+    layers: list[Any]
+    few: int
 
 
 def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
@@ -85,14 +84,13 @@ def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
     layers = [_layer(coded.codes[0], scale, coded.zero, weight.group, bits, dtype)]
     if weight.stages == 2:
         layers.append(_layer(coded.codes[1], scale / 16, None, weight.group, bits, dtype))
-    if bits == 8 and product.refusal(*weight.shape, weight.group, weight.stages, weight.scale.device) is None:
+    (n, k), device = weight.shape, weight.scale.device
+    if bits == 8 and product.refusal(n, k, weight.group, weight.stages, device) is None:
         if torch.equal(layers[0].weight.view(torch.uint8).flatten(), product.fragments(coded.codes[0], weight.group)):
             few = product.MAX_ROWS
-            torch.cuda.current_stream(weight.scale.device).synchronize()  # `product` reads it before it waits
+            torch.cuda.current_stream(device).synchronize()  # `product` reads it before it waits
         else:
-            warnings.warn(
-                "this release of humming-kernels orders weights otherwise: it runs few rows too", stacklevel=2
-            )
+            warnings.warn("this humming-kernels orders weights otherwise: it runs few rows too", stacklevel=2)
     return Prepared(layers, few)
 
 

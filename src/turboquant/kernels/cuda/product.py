@@ -1,8 +1,8 @@
 """Few int8 rows times a packed 4-bit weight on compute capability 9.0: the launch of csrc/product.cu.
 
 Decoding reads a weight once and multiplies little, so what counts is how early its bytes are asked for. The kernel may
-start while the one before it runs (programmatic dependent launch) and fetches weights until the rows are there. It reads
-the weight in the order in which humming-kernels holds it, so that the GPU holds it once; `fragments` is that order.
+start while the one before it runs (programmatic dependent launch) and fetches weights until the rows are there. It
+reads the weight in the order in which humming-kernels holds it, so that the GPU holds it once: that of `fragments`.
 Sums of codes are exact; groups are added in one order, which depends on the shape and on the class of the number of
 rows (up to 16, more).
 """
@@ -22,6 +22,7 @@ GROUP = 128  # the one size of groups beside whole rows
 OUTPUTS, STAGE_K, THREADS = 64, 512, 288  # of a block; mirror csrc/product.cu
 SHARED = 113 * 1024  # bytes of a block: two share a multiprocessor
 SPLITS = (1, 2, 4, 8)  # blocks that share the K of an output
+FILL = {1: 0.9, 2: 0.9, 4: 0.9, 8: 0.9}  # by tiles of 8 rows: blocks a multiprocessor from which K is split no further
 
 
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/product.cu
@@ -83,7 +84,8 @@ class Shape:
         return 128 + self.stages * self.stage_bytes + self._tables(k, group)
 
     def _tables(self, k: int, group: int) -> int:
-        most = -(-(-(-k // STAGE_K)) // self.split) * STAGE_K  # K of a block
+        stages = (k + STAGE_K - 1) // STAGE_K
+        most = (stages + self.split - 1) // self.split * STAGE_K  # K of a block
         return 3 * OUTPUTS * (min(k, most) // group if group < k else 1)
 
 
@@ -92,7 +94,7 @@ def shape_of(n: int, k: int, group: int, rows: int, processors: int) -> Shape:
     tiles = next(t for t in (1, 2, 4, 8) if rows <= 8 * t)
     most = -(-k // STAGE_K)
     fits = [s for s in SPLITS if s <= most]
-    split = next((s for s in fits if n // OUTPUTS * s >= 0.9 * processors), fits[-1])
+    split = next((s for s in fits if n // OUTPUTS * s >= FILL[tiles] * processors), fits[-1])
     one = Shape(tiles, 1 if tiles <= 2 else 2, 0, split)
     free = SHARED - one.shared(k, group)
     return Shape(tiles, one.among, max(2, min(8, free // one.stage_bytes)), split)
@@ -129,6 +131,15 @@ def multiply(
         weight: as `fragments` gives it, of any dtype. scale: (N, G) fp16. zero: (N, G) uint8.
         bias: (N,) of dtype or None.
     """
+    if torch.compiler.is_compiling():
+        out: Tensor = torch.ops.turboquant.few_rows(weight, scale, zero, codes, unit, bias, dtype)
+        return out
+    return _multiply(weight, scale, zero, codes, unit, bias, dtype)
+
+
+def _multiply(
+    weight: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, unit: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     (m, k), (n, groups) = codes.shape, scale.shape
     kernel, shape, shared = _kernel(n, k, k // groups, next(t for t in (8, 16, 32, 64) if m <= t), dtype, codes.device)
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
@@ -140,3 +151,12 @@ def multiply(
     grid = (shape.split, n // OUTPUTS, 1)
     nvrtc.launch(kernel, grid, THREADS, shared, stream, call, after=True, cluster=shape.split)
     return out
+
+
+_operator = torch.library.custom_op("turboquant::few_rows", _multiply, mutates_args=())
+
+
+@_operator.register_fake
+def _(*args: Any) -> Tensor:
+    scale, codes, dtype = args[1], args[3], args[6]
+    return torch.empty(codes.shape[0], scale.shape[0], dtype=dtype, device=codes.device)

@@ -230,15 +230,15 @@ class Launch:
         sweep_from: rows from which a program takes several, one after another, with one H; never behind a norm.
         programs: of those; four for each multiprocessor of an H100.
         warps: of a program, times what `warps_of` says.
-        early: the kernel and the one after it may be set up before the ones before them have ended (sm_90; both wait
-            for what they read, and a kernel that was not made for it starts when all is done). Off: in front of a
-            product it cost 0.3 µs on an H100 where rows are few, and gained 0.5 at 2048.
+        early_to: rows up to which the kernel and the one after it may be set up before the ones before them have ended
+            (sm_90; both wait for what they read, and a kernel that was not made for it starts when all is done). Few:
+            then the product behind, `cuda`'s own, fetches its weight meanwhile; humming's gains nothing.
     """
 
     sweep_from: int = 1024
     programs: int = 528
     warps: float = 1.0
-    early: bool = False
+    early_to: int = 64
 
 
 LAUNCH = Launch()
@@ -314,7 +314,7 @@ def fused_quantize(
         mode = NORM if norm is not None else GATE if gate is not None else NOTHING
         other: Any = flat if second is None else second
         sweep = norm is None and m >= launch.sweep_from and b * n <= LARGEST_SWEPT
-        early = launch.early and _early(x.device) and not torch.compiler.is_compiling()
+        early = m <= launch.early_to and _early(x.device) and not torch.compiler.is_compiling()
         _kernel[(min(m, launch.programs) if sweep else m,)](
             flat, other, _signs(k, x.device), flat if keep is None else keep, codes, unit, flat.stride(0),
             other.stride(0), eps, shift, hadamard_block(k) ** -0.5, m, K=k, B=b, A=a, N=n,
