@@ -27,6 +27,7 @@ class Case:
     k: int = 1024
     group: int = 0
     rows: int = 1
+    stages: int = 1
     dtype: torch.dtype = BF16
     bias: bool = False
 
@@ -43,11 +44,14 @@ SMALL = [
     Case(n=256, k=3584),  # more stages than the ring has
     Case(n=256, k=3584, group=128, rows=24),
     Case(group=128, rows=41, k=512, n=64, dtype=F16),
+    Case(stages=2, n=256, k=2560, rows=11),
+    Case(stages=2, group=128, rows=64, n=64, k=1024, bias=True),
 ]
 LARGE = [
     *(Case(n, k, g, m) for n, k in ((4096, 4096), (4096, 14336), (6144, 4096)) for g in (0, 128) for m in (1, 8, 64)),
     *(Case(28672, 4096, g, 16) for g in (0, 128)),
-    *(Case(384, 896, g, m, t, True) for g in (0, 128) for m in (1, 16, 17, 33) for t in (BF16, F16)),
+    *(Case(384, 896, g, m, 1, t, True) for g in (0, 128) for m in (1, 16, 17, 33) for t in (BF16, F16)),
+    *(Case(4096, 4096, g, m, 2) for g in (0, 128) for m in (1, 9, 20, 64)),
     *(Case(128, 18944, 0, m) for m in (2, 3, 5)),
 ]
 
@@ -56,7 +60,7 @@ def operands(case: Case, device: str):
     """(a weight, codes of rows, their units, bias), all drawn at random."""
     draw = torch.Generator().manual_seed(1)
     groups = case.k // (case.group or case.k)
-    weight = torch.randint(0, 256, (1, case.n, case.k // 2), generator=draw, dtype=torch.uint8)
+    weight = torch.randint(0, 256, (case.stages, case.n, case.k // 2), generator=draw, dtype=torch.uint8)
     zero = torch.randint(0, 16, (case.n, groups), generator=draw, dtype=torch.uint8)
     packed = PackedTensor(weight, (torch.rand(case.n, groups, generator=draw) + 0.1).half(), zero)
     codes = torch.randint(-127, 128, (case.rows, case.k), generator=draw, dtype=torch.int8)
@@ -72,20 +76,23 @@ def check(case: Case, device: str) -> None:
     packed, codes, unit, bias = operands(case, device)
     coded = packed.coded()
     group = packed.group
-    weight = product.fragments(coded.codes[0], group)
-    got = product.multiply(weight, packed.scale, packed.zero, codes, unit, bias, case.dtype)
+    weight = [product.fragments(c, group) for c in coded.codes] + [None] * (2 - case.stages)
+    got = product.multiply(*weight, packed.scale, packed.zero, codes, unit, bias, case.dtype)
     x = codes.double()
     level = coded.codes[0].double() - coded.zero.double().repeat_interleave(group, 1)
+    scale = packed.scale.float() / 16 ** (case.stages - 1)
+    if case.stages == 2:
+        level = 16 * level + coded.codes[1].double() - 8
     if group == case.k:
-        value = (x @ level.T).float() * packed.scale[:, 0].float() * unit
+        value = (x @ level.T).float() * scale[:, 0] * unit
         want = (value if bias is None else value + bias.float()).to(case.dtype)
         assert torch.equal(got, want), ((got != want).sum(), got[:2, :4], want[:2, :4])
         return
-    exact = x @ (level * packed.scale.double().repeat_interleave(group, 1)).T * unit
+    exact = x @ (level * scale.double().repeat_interleave(group, 1)).T * unit
     exact = exact if bias is None else exact + bias.double()
     plain = torch.nn.functional.linear((codes * unit).to(case.dtype), packed.dequantize().to(case.dtype), bias)
     assert (got - exact).norm() <= 2 * (plain - exact).norm()
-    again = product.multiply(weight, packed.scale, packed.zero, codes, unit, bias, case.dtype)
+    again = product.multiply(*weight, packed.scale, packed.zero, codes, unit, bias, case.dtype)
     assert torch.equal(got, again)
 
 
@@ -108,8 +115,10 @@ def emulated(monkeypatch, tmp_path):
         subprocess.run([compiler, *options, "-o", folder / "run.so", folder / "product.cpp"], check=True)
         return ctypes.CDLL(str(folder / "run.so"))
 
-    def kernel(n, k, group, rows, dtype, device):
-        shape = product.shape_of(n, k, group, rows, 4)  # multiprocessors: some products are split and some are not
+    def kernel(n, k, group, planes, rows, dtype, device):
+        shape = product.shape_of(
+            n, k, group, planes, rows, 4
+        )  # multiprocessors: some products are split and some are not
         return function(product.config(shape, k, group, dtype), device), shape, shape.shared(k, group)
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False, cluster=1):
@@ -133,7 +142,7 @@ def test_the_source_on_the_cpu(case, emulated):
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 def test_on_the_gpu(case):
-    if why := product.refusal(case.n, case.k, case.group or case.k, 1, torch.device("cuda", 0)):
+    if why := product.refusal(case.n, case.k, case.group or case.k, torch.device("cuda", 0)):
         pytest.skip(why)
     check(case, "cuda")
 
@@ -141,10 +150,12 @@ def test_on_the_gpu(case):
 @pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the test extra brings NVRTC on Linux x86-64"
 )
-@pytest.mark.parametrize("case", [Case(rows=m, group=g, k=4096) for m in (1, 16, 32, 64) for g in (0, 128)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(4096, 4096, g, m, s) for s in (1, 2) for m in (1, 16, 32, 64) for g in (0, 128)], ids=str
+)
 def test_the_source_compiles(case):
     group = case.group or case.k
-    shape = product.shape_of(case.n, case.k, group, case.rows, 132)
-    assert shape.shared(case.k, group) <= product.SHARED
+    shape = product.shape_of(case.n, case.k, group, case.stages, case.rows, 132)
+    assert shape.shared(case.k, group) <= (product.SHARED[shape.tiles] if shape.stages > 2 else 227 * 1024)
     source = product.config(shape, case.k, group, case.dtype)
     assert nvrtc.compile_source("product.cu", source, "sm_90a")[:4] == b"\x7fELF"

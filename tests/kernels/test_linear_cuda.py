@@ -91,8 +91,9 @@ def test_linear(name, rows):
     assert relative(got, want) <= 2 * relative(plain, exact)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [0, 128])
-def test_few_rows_run_on_the_bytes_that_humming_holds(group):
+def test_few_rows_run_on_the_bytes_that_humming_holds(group, bits):
     """Which `prepare` finds out, and says so where it is not the case."""
     pytest.importorskip("humming")
     from turboquant.kernels.cuda import product
@@ -100,8 +101,8 @@ def test_few_rows_run_on_the_bytes_that_humming_holds(group):
     from turboquant.recipe import WeightRecipe
 
     linear = importlib.import_module("turboquant.kernels.cuda.linear")
-    weight = PackedTensor.quantize(torch.randn(384, 1024, device="cuda"), WeightRecipe(4, group=group))
-    if why := product.refusal(384, 1024, weight.group, 1, weight.scale.device):
+    weight = PackedTensor.quantize(torch.randn(384, 1024, device="cuda"), WeightRecipe(bits, group=group))
+    if why := product.refusal(384, 1024, weight.group, weight.scale.device):
         pytest.skip(why)
     ready = linear.prepare(weight, 8, torch.bfloat16)
     assert ready.few == product.MAX_ROWS

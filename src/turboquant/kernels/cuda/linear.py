@@ -81,12 +81,13 @@ class Prepared(NamedTuple):
 def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
     """For inputs of `bits` (8 for int8 rows, 16 for rows of `dtype`)."""
     coded, scale, few = weight.coded(), weight.scale.float(), 0
-    layers = [_layer(coded.codes[0], scale, coded.zero, weight.group, bits, dtype)]
-    if weight.stages == 2:
-        layers.append(_layer(coded.codes[1], scale / 16, None, weight.group, bits, dtype))
     (n, k), device = weight.shape, weight.scale.device
-    if bits == 8 and product.refusal(n, k, weight.group, weight.stages, device) is None:
-        if torch.equal(layers[0].weight.view(torch.uint8).flatten(), product.fragments(coded.codes[0], weight.group)):
+    own = bits == 8 and product.refusal(n, k, weight.group, device) is None
+    zeros = [coded.zero, torch.full_like(coded.zero, 8) if own else None]  # without zeros humming orders otherwise
+    layers = [_layer(coded.codes[i], scale / 16**i, zeros[i], weight.group, bits, dtype) for i in range(weight.stages)]
+    if own:
+        want = [product.fragments(c, weight.group) for c in coded.codes]
+        if all(torch.equal(a.weight.view(torch.uint8).flatten(), b) for a, b in zip(layers, want, strict=True)):
             few = product.MAX_ROWS
             torch.cuda.current_stream(device).synchronize()  # `product` reads it before it waits
         else:
@@ -98,7 +99,7 @@ def note(spec: LinearSpec, device: torch.device) -> str:
     """Which kernel runs, by the number of rows, for `explain`."""
     why: str | None = "for int8 rows"
     if spec.activation_bits < 16:
-        why = product.refusal(spec.outputs, spec.inputs, spec.group, spec.stages, device)
+        why = product.refusal(spec.outputs, spec.inputs, spec.group, device)
     return f"humming-kernels; csrc/product.cu is {why}" if why else (
         f"csrc/product.cu up to {product.MAX_ROWS} rows, humming-kernels beyond"
     )  # fmt: skip
@@ -111,7 +112,8 @@ def multiply(
     first, dtype = ready.layers[0], ready.layers[0].torch_dtype
     if unit is not None and len(rows) <= ready.few:
         bias = None if bias is None else bias.to(dtype)
-        return product.multiply(first.weight, weight.scale, weight.zero, rows, unit, bias, dtype)
+        second = ready.layers[1].weight if len(ready.layers) > 1 else None
+        return product.multiply(first.weight, second, weight.scale, weight.zero, rows, unit, bias, dtype)
     # Rows that arrive with their scale are taken as quantized.
     given: dict[str, Tensor] = {} if unit is None else {"input_scale": unit}
     y = first(rows, **given)

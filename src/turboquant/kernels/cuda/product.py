@@ -1,4 +1,4 @@
-"""Few int8 rows times a packed 4-bit weight on compute capability 9.0: the launch of csrc/product.cu.
+"""Few int8 rows times a packed weight of one or two stages on compute capability 9.0: the launch of csrc/product.cu.
 
 Decoding reads a weight once and multiplies little, so what counts is how early its bytes are asked for. The kernel may
 start while the one before it runs (programmatic dependent launch) and fetches weights until the rows are there. It
@@ -8,7 +8,7 @@ rows (up to 16, more).
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,24 +20,25 @@ from turboquant.kernels.cuda import nvrtc
 MAX_ROWS = 64
 GROUP = 128  # the one size of groups beside whole rows
 OUTPUTS, STAGE_K, THREADS = 64, 512, 288  # of a block; mirror csrc/product.cu
-SHARED = 113 * 1024  # bytes of a block: two share a multiprocessor
+HALF = 113 * 1024  # bytes of shared memory of a block, of which two share a multiprocessor
+SHARED = {1: HALF, 2: HALF, 4: HALF, 8: HALF}  # by tiles of 8 rows
 SPLITS = (1, 2, 4, 8)  # blocks that share the K of an output
 FILL = {1: 0.9, 2: 0.9, 4: 0.9, 8: 0.9}  # by tiles of 8 rows: blocks a multiprocessor from which K is split no further
 
 
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/product.cu
     _fields_ = [
-        *[(n, ctypes.c_void_p) for n in ("weight", "scale", "zero", "codes", "unit", "bias", "out")],
+        *[(n, ctypes.c_void_p) for n in ("weight", "second", "scale", "zero", "codes", "unit", "bias", "out")],
         *[(n, ctypes.c_int) for n in ("n", "k", "rows", "groups", "split")],
     ]
 
 
-def refusal(n: int, k: int, group: int, stages: int, device: torch.device) -> str | None:
+def refusal(n: int, k: int, group: int, device: torch.device) -> str | None:
     """None if products with few rows run here, else why not."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         return "made for compute capability 9.0"
-    if stages != 1 or group not in (GROUP, k):
-        return f"for weights of one stage, groups of {GROUP} or whole rows"
+    if group not in (GROUP, k):
+        return f"for groups of {GROUP} or whole rows"
     if n % OUTPUTS or k % 128:
         return f"for a multiple of {OUTPUTS} outputs and of 128 inputs"
     return nvrtc.missing()
@@ -66,18 +67,19 @@ class Shape:
 
     Attributes:
         tiles: of 8 rows. among: parts of a block's outputs, one for each of so many warps. stages: of the ring.
-        split: blocks that share K.
+        split: blocks that share K. planes: stages of the weight.
     """
 
     tiles: int
     among: int
     stages: int
     split: int
+    planes: int
 
     @property
     def stage_bytes(self) -> int:
         """Of weights and rows."""
-        return OUTPUTS * STAGE_K // 2 + 8 * self.tiles * (STAGE_K + 16)
+        return self.planes * OUTPUTS * STAGE_K // 2 + 8 * self.tiles * (STAGE_K + 16)
 
     def shared(self, k: int, group: int) -> int:
         """Bytes of shared memory."""
@@ -89,30 +91,32 @@ class Shape:
         return 3 * OUTPUTS * (min(k, most) // group if group < k else 1)
 
 
-def shape_of(n: int, k: int, group: int, rows: int, processors: int) -> Shape:
-    """For so many rows and multiprocessors: as many blocks as fill them, as many stages as fit."""
+def shape_of(n: int, k: int, group: int, planes: int, rows: int, processors: int) -> Shape:
+    """For so many rows and multiprocessors: as many blocks as fill them, as many stages as fit, two at the least."""
     tiles = next(t for t in (1, 2, 4, 8) if rows <= 8 * t)
     most = -(-k // STAGE_K)
     fits = [s for s in SPLITS if s <= most]
     split = next((s for s in fits if n // OUTPUTS * s >= FILL[tiles] * processors), fits[-1])
-    one = Shape(tiles, 1 if tiles <= 2 else 2, 0, split)
-    free = SHARED - one.shared(k, group)
-    return Shape(tiles, one.among, max(2, min(8, free // one.stage_bytes)), split)
+    one = Shape(tiles, 1 if tiles <= 2 else 2, 0, split, planes)
+    free = SHARED[tiles] - one.shared(k, group)
+    return replace(one, stages=max(2, min(8, free // one.stage_bytes)))
 
 
 def config(shape: Shape, k: int, group: int, dtype: torch.dtype) -> str:
     """config.cuh."""
     numbers = {
-        "NT": shape.tiles, "SPLIT": shape.among, "STAGES": shape.stages, "GROUP": group if group < k else 0,
-        "PACKED_K": int(group == GROUP), "BF16": int(dtype == torch.bfloat16),
+        "NT": shape.tiles, "SPLIT": shape.among, "STAGES": shape.stages, "PLANES": shape.planes,
+        "GROUP": group if group < k else 0, "PACKED_K": int(group == GROUP), "BF16": int(dtype == torch.bfloat16),
     }  # fmt: skip
     return "\n".join(["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items()), ""])
 
 
 @lru_cache(maxsize=4096)
-def _kernel(n: int, k: int, group: int, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, Shape, int]:
+def _kernel(
+    n: int, k: int, group: int, planes: int, rows: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Shape, int]:
     """(kernel, its shape, bytes of shared memory); rows stand for their class: 8, 16, 32 or 64."""
-    shape = shape_of(n, k, group, rows, torch.cuda.get_device_properties(device).multi_processor_count)
+    shape = shape_of(n, k, group, planes, rows, torch.cuda.get_device_properties(device).multi_processor_count)
     shared = shape.shared(k, group)
     return _function(config(shape, k, group, dtype), device), shape, shared
 
@@ -123,29 +127,34 @@ def _function(source: str, device: torch.device) -> Any:
 
 
 def multiply(
-    weight: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, unit: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+    weight: Tensor, second: Tensor | None, scale: Tensor, zero: Tensor, codes: Tensor, unit: Tensor,
+    bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """(M, K) int8 codes with units (M, 1) fp32 times a weight -> (M, N) in dtype, bf16 or fp16; M from 1 to MAX_ROWS.
 
     Args:
-        weight: as `fragments` gives it, of any dtype. scale: (N, G) fp16. zero: (N, G) uint8.
+        weight: as `fragments` gives it, of any dtype. second: that of the second stage, or None.
+        scale: (N, G) fp16. zero: (N, G) uint8.
         bias: (N,) of dtype or None.
     """
     if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.turboquant.few_rows(weight, scale, zero, codes, unit, bias, dtype)
+        out: Tensor = torch.ops.turboquant.few_rows(weight, second, scale, zero, codes, unit, bias, dtype)
         return out
-    return _multiply(weight, scale, zero, codes, unit, bias, dtype)
+    return _multiply(weight, second, scale, zero, codes, unit, bias, dtype)
 
 
 def _multiply(
-    weight: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, unit: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+    weight: Tensor, second: Tensor | None, scale: Tensor, zero: Tensor, codes: Tensor, unit: Tensor,
+    bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     (m, k), (n, groups) = codes.shape, scale.shape
-    kernel, shape, shared = _kernel(n, k, k // groups, next(t for t in (8, 16, 32, 64) if m <= t), dtype, codes.device)
+    rows = next(t for t in (8, 16, 32, 64) if m <= t)
+    kernel, shape, shared = _kernel(n, k, k // groups, 1 if second is None else 2, rows, dtype, codes.device)
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
     call = _Call(
-        weight.data_ptr(), scale.data_ptr(), zero.data_ptr(), codes.data_ptr(), unit.data_ptr(),
-        0 if bias is None else bias.data_ptr(), out.data_ptr(), n, k, m, groups, shape.split,
+        weight.data_ptr(), 0 if second is None else second.data_ptr(), scale.data_ptr(), zero.data_ptr(),
+        codes.data_ptr(), unit.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), n, k, m, groups,
+        shape.split,
     )  # fmt: skip
     stream = nvrtc.stream_of(codes.device)
     grid = (shape.split, n // OUTPUTS, 1)
@@ -158,5 +167,5 @@ _operator = torch.library.custom_op("turboquant::few_rows", _multiply, mutates_a
 
 @_operator.register_fake
 def _(*args: Any) -> Tensor:
-    scale, codes, dtype = args[1], args[3], args[6]
+    scale, codes, dtype = args[2], args[4], args[7]
     return torch.empty(codes.shape[0], scale.shape[0], dtype=dtype, device=codes.device)

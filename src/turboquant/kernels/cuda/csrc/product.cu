@@ -1,10 +1,11 @@
-// Few int8 rows times a 4-bit weight: y = unit·Σ scale·Σ (code - zero)·x, sums of codes exact.
+// Few int8 rows times a weight of 4 or 4+4 bit: y = unit·Σ scale·Σ (code - zero)·x, sums of codes exact; of two stages
+// the inner sum is 16·Σ (code - zero)·x + Σ (code₂ - 8)·x and the scale a sixteenth.
 //
 // A block has 64 outputs and, with the other blocks of its cluster, its share of K. One warp fetches: weights run ahead
 // of the rows, for they do not depend on the kernel before this one. The other eight multiply, each a run of K within a
 // stage. Partial sums meet in shared memory, then across the cluster, in one order.
 //
-// config.cuh, written by product.py: NT (tiles of 8 rows), SPLIT (of the outputs among warps), GROUP (weights that share
+// config.cuh, written by product.py: PLANES (stages of the weight), NT (tiles of 8 rows), SPLIT (of the outputs among warps), GROUP (weights that share
 // a scale, 0 for a whole row), PACKED_K (layout, see product.py), STAGES, BF16.
 #include "pipe.cuh"
 
@@ -13,12 +14,12 @@ constexpr int WK = WARPS / SPLIT, RUN = KS / WK;      // shares of a stage, and 
 constexpr int MT = BN / 16 / SPLIT;                   // tiles of 16 outputs of a warp
 constexpr int XROW = KS + 16;                         // bytes between rows: lanes of a fragment meet no bank twice
 constexpr int PIECE_K = PACKED_K ? 64 : 32, PIECE = BN * PIECE_K / 2;  // what lies together in memory
-constexpr int W_BYTES = BN * KS / 2, STAGE = W_BYTES + 8 * NT * XROW;
+constexpr int PLANE = BN * KS / 2, W_BYTES = PLANES * PLANE, STAGE = W_BYTES + 8 * NT * XROW;
 constexpr int PSTRIDE = BN + 4, PART = 8 * NT * PSTRIDE;  // words of partial sums, [row][output]
 static_assert(WK * PART * 4 <= STAGES * STAGE && (!GROUP || GROUP % RUN == 0), "fits");
 
 struct Call {
-  const u8* weight;
+  const u8* weight[2];
   const u16* scale;  // (n, groups) fp16
   const u8* zero;    // (n, groups)
   const u8* codes;   // (rows, k) int8
@@ -28,6 +29,7 @@ struct Call {
   int n, k, rows, groups, split;
 };
 
+DEVICE float real(u16 scale) { return half_(scale) * (PLANES == 2 ? 0.0625f : 1.f); }
 DEVICE u32 minus(u32 codes, u32 zeros) { return (((codes & 0x0F0F0F0Fu) | 0x80808080u) - zeros) ^ 0x80808080u; }
 
 struct Fetch {  // one warp
@@ -38,12 +40,13 @@ struct Fetch {  // one warp
   DEVICE int width(int i) const { return min(KS, c.k - (first + i) * KS); }
   DEVICE void weights(int i) const {
     const int slot = i % STAGES, pieces = width(i) / PIECE_K;
-    if (lane == 0) expect(full + slot, width(i) * (BN / 2 + c.rows));
+    if (lane == 0) expect(full + slot, width(i) * (PLANES * BN / 2 + c.rows));
     __syncwarp();
     const i64 row = i64(c.n) * PIECE_K / 2;
-    if (lane < pieces)
-      copy(ring + slot * STAGE + lane * PIECE, c.weight + ((first + i) * (KS / PIECE_K) + lane) * row + tile * PIECE,
-           PIECE, full + slot);
+    const int plane = lane / 16, piece = lane % 16;
+    if (plane < PLANES && piece < pieces)
+      copy(ring + slot * STAGE + plane * PLANE + piece * PIECE,
+           c.weight[plane] + ((first + i) * (KS / PIECE_K) + piece) * row + tile * PIECE, PIECE, full + slot);
   }
   DEVICE void rows(int i) const {
     const int slot = i % STAGES;
@@ -63,7 +66,7 @@ struct Fetch {  // one warp
 };
 
 struct Multiply {  // one warp
-  int acc[MT][NT][4] = {};
+  int acc[PLANES][MT][NT][4] = {};
   float sum[GROUP ? MT : 1][NT][4] = {};
   u32 zeros[MT][2];
   float scale[MT][2];
@@ -75,7 +78,7 @@ struct Multiply {  // one warp
       for (int h = 0; h < 2; h++) {
         const int row = (part * MT + m) * 16 + h * 8 + lane / 4;
         zeros[m][h] = zero[row] * 0x01010101u;
-        if (GROUP) scale[m][h] = half_(scales[row]);
+        if (GROUP) scale[m][h] = real(scales[row]);
       }
   }
   DEVICE void step(const u8* stage, int k) {  // 64 of K
@@ -89,23 +92,26 @@ struct Multiply {  // one warp
         b[t][1] = *(const u32*)(x + t * 8 * XROW + s * 32 + 16);
       }
 #pragma unroll
-      for (int m = 0; m < MT; m++) {
+      for (int mp = 0; mp < MT * PLANES; mp++) {
+        const int m = mp % MT, p = mp / MT;
+        const u32 z0 = p ? 0x08080808u : zeros[m][0], z1 = p ? 0x08080808u : zeros[m][1];
+        const u8* w_at = stage + p * PLANE + lane * 16;
         u32 a[4];
         if (PACKED_K) {  // 16 outputs × 64: lane's words are (32 of K, 16 of K), nibbles the two halves of the outputs
-          const uint2 w =
-              *(const uint2*)(stage + k / 64 * PIECE + (part * MT + m) * 512 + lane * 16 + s * 8);
-          a[0] = minus(w.x, zeros[m][0]), a[1] = minus(w.x >> 4, zeros[m][1]);
-          a[2] = minus(w.y, zeros[m][0]), a[3] = minus(w.y >> 4, zeros[m][1]);
+          const uint2 w = *(const uint2*)(w_at + k / 64 * PIECE + (part * MT + m) * 512 + s * 8);
+          a[0] = minus(w.x, z0), a[1] = minus(w.x >> 4, z1), a[2] = minus(w.y, z0), a[3] = minus(w.y >> 4, z1);
         } else {  // 32 outputs × 32: words are eighths of the outputs, nibbles the two halves of K
-          const uint2 w = *(const uint2*)(stage + (k / 32 + s) * PIECE + (part * MT + m) / 2 * 512 + lane * 16 +
-                                          (part * MT + m) % 2 * 8);
-          a[0] = minus(w.x, zeros[m][0]), a[2] = minus(w.x >> 4, zeros[m][0]);
-          a[1] = minus(w.y, zeros[m][1]), a[3] = minus(w.y >> 4, zeros[m][1]);
+          const int eighth = part * MT + m;
+          const uint2 w = *(const uint2*)(w_at + (k / 32 + s) * PIECE + eighth / 2 * 512 + eighth % 2 * 8);
+          a[0] = minus(w.x, z0), a[2] = minus(w.x >> 4, z0), a[1] = minus(w.y, z1), a[3] = minus(w.y >> 4, z1);
         }
 #pragma unroll
-        for (int t = 0; t < NT; t++) mma_s8(acc[m][t], a, b[t][0], b[t][1]);
+        for (int t = 0; t < NT; t++) mma_s8(acc[p][m][t], a, b[t][0], b[t][1]);
       }
     }
+  }
+  DEVICE int whole(int m, int t, int i) const {
+    return PLANES == 2 ? 16 * acc[0][m][t][i] + acc[PLANES - 1][m][t][i] : acc[0][m][t][i];
   }
   DEVICE void fold() {  // a run of one group is complete
 #pragma unroll
@@ -114,7 +120,8 @@ struct Multiply {  // one warp
       for (int t = 0; t < NT; t++)
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          sum[GROUP ? m : 0][t][i] = fmaf(scale[m][i / 2], float(acc[m][t][i]), sum[GROUP ? m : 0][t][i]), acc[m][t][i] = 0;
+          sum[GROUP ? m : 0][t][i] = fmaf(scale[m][i / 2], float(whole(m, t, i)), sum[GROUP ? m : 0][t][i]),
+                                acc[0][m][t][i] = acc[PLANES - 1][m][t][i] = 0;
   }
   DEVICE void store(u32* to) const {  // partial sums, [row][output]
 #pragma unroll
@@ -124,7 +131,7 @@ struct Multiply {  // one warp
 #pragma unroll
         for (int i = 0; i < 4; i++)
           to[wk * PART + (t * 8 + lane % 4 * 2 + i % 2) * PSTRIDE + (part * MT + m) * 16 + i / 2 * 8 + lane / 4] =
-              GROUP ? __float_as_uint(sum[GROUP ? m : 0][t][i]) : u32(acc[m][t][i]);
+              GROUP ? __float_as_uint(sum[GROUP ? m : 0][t][i]) : u32(whole(m, t, i));
   }
 };
 
@@ -193,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS + 32, NT > 2 ? 1 : 2) pr
     const u32* at = parts + row * PSTRIDE + e % BN;
     u32 y = c.split > 1 ? remote(at, 0) : at[0];
     for (int w = 1; w < (c.split > 1 ? c.split : WK); w++) y = plus(y, c.split > 1 ? remote(at, w) : at[w * PART]);
-    float value = GROUP ? __uint_as_float(y) : float(int(y)) * half_(scales[e % BN]);
+    float value = GROUP ? __uint_as_float(y) : float(int(y)) * real(scales[e % BN]);
     value *= c.unit[row];
     if (c.bias) value += wide(c.bias[o]);
     c.out[i64(row) * c.n + o] = u16(two_16(value, value));
