@@ -36,6 +36,7 @@ SHAPES = {
     "down": (4096, "gate"),
 }  # N, what comes before; K as of KINDS
 ROWS = (1, 16, 64, 256, 2048)
+EARLY_TO = 64  # the default of Launch, which the plot shows
 
 
 def launches(kind: str, m: int, k: int) -> Iterator[tuple[str, Any]]:
@@ -151,6 +152,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
                 f"{r['alone_percent']:+.0f} %", f"{r['net_percent']:+.0f} %",
             )  # fmt: skip
             out.append("| " + " | ".join(map(str, cells)) + " |")
+    out += ["", "all chains at M:"]
+    for m, early in dict.fromkeys((r["m"], r["early"]) for r in rows if r["what"] == "chain"):
+        some = [r for r in rows if r["what"] == "chain" and (r["m"], r["early"]) == (m, early)]
+        bf16, ours = (sum(r[n] for r in some) for n in ("bf16_ms", "ms"))
+        out.append(f"{m}, early {early}: bf16 {us(bf16)}, w4a8 {us(ours)} µs, × {bf16 / ours:.2f}")
     return "\n".join(out)
 
 
@@ -161,7 +167,8 @@ def plot(source: Path, target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in json.loads(source.read_text())["rows"] if r["what"] == "chain" and not r["early"]]
+    chains = [r for r in json.loads(source.read_text())["rows"] if r["what"] == "chain"]
+    rows = [r for r in chains if r["early"] == (r["m"] <= EARLY_TO)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for i, shape in enumerate(dict.fromkeys(r["shape"] for r in rows)):
         some = [r for r in rows if r["shape"] == shape]

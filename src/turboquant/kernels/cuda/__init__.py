@@ -1,5 +1,5 @@
 """CUDA: the cache ops in CUDA C++, compiled at first use by NVRTC, see `append` and `attention`; linear layers by
-humming-kernels, see `linear`."""
+humming-kernels and, for few rows, in CUDA C++, see `linear` and `product`."""
 
 from typing import Any
 
