@@ -2,9 +2,10 @@
 
 python benchmarks/linear_ablation.py --model model.gguf --text prose.txt --text tech.txt --text code.txt
 
-4,096 tokens in windows of 1024 rank variants and measure nothing finely. Variants of `a4` change constants of its
-tracker; variants of `w4a8` are error feedback along second moments that need no text: of the norms' weights alone, of
-random tokens, and of what the model says itself, starting from random tokens at temperature 1.
+4,096 tokens in windows of 1024 rank variants and measure nothing finely. Variants of `a4` and `w8` change constants of
+the tracker, of the rounding or of the grid; variants of `w4a8` are error feedback along second moments that need no
+text: of the norms' weights alone, of random tokens, and of what the model says itself, starting from random tokens at
+temperature 1.
 """
 
 import argparse
@@ -22,12 +23,8 @@ from turboquant.evaluate import fidelity
 from turboquant.evaluate.models import load
 from turboquant.layers.convert import norm_prior
 from turboquant.layers.moments import moments_without_data
+from turboquant.maths import activations, weights
 from turboquant.maths.activations import HotTracker
-
-
-def tracker(constants: dict[str, float]) -> Any:
-    """Within the context the hot channels' tracker has other constants."""
-    return patch.multiple(HotTracker, **constants) if constants else nullcontext()
 
 
 def from_norms(model: Any) -> dict[str, Tensor]:
@@ -39,13 +36,16 @@ def from_norms(model: Any) -> dict[str, Tensor]:
     return out
 
 
-ACTIVATIONS: dict[str, tuple[str, dict[str, float]]] = {
-    "a4": ("a4", {}),
-    "without the peak": ("a4", {"PEAK": 1e30}),
-    "peak/4": ("a4", {"PEAK": 4.0}),
-    "renewed at any drift": ("a4", {"KEEP": 1.0}),
-    "one in 8 channels hot": ("a4:ahot=8", {}),
-    "groups of 32": ("a4:agroup=32", {}),
+CONSTANTS: dict[str, tuple[str, Any, dict[str, Any]]] = {  # variant -> recipe, what holds the constants, these
+    "a4": ("a4", HotTracker, {}),
+    "without the peak": ("a4", HotTracker, {"PEAK": 1e30}),
+    "peak/4": ("a4", HotTracker, {"PEAK": 4.0}),
+    "renewed at any drift": ("a4", HotTracker, {"KEEP": 1.0}),
+    "one step tried": ("a4", activations, {"STEP_SHARES": (1.0,)}),
+    "one in 8 channels hot": ("a4:ahot=8", HotTracker, {}),
+    "groups of 32": ("a4:agroup=32", HotTracker, {}),
+    "w8": ("w8", weights, {}),
+    "one scale tried": ("w8", weights, {"FINE_SHARES": (1.0,)}),
 }
 WEIGHTS: dict[str, Callable[[Any], dict[str, Tensor]] | None] = {
     "w4a8": None, "feedback from the norms": from_norms,
@@ -59,7 +59,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, help="hub name, folder or .gguf file")
     p.add_argument("--text", type=Path, action="append", required=True)
-    p.add_argument("--variant", action="append", choices=[*ACTIVATIONS, *WEIGHTS], help="instead of all; repeatable")
+    p.add_argument("--variant", action="append", choices=[*CONSTANTS, *WEIGHTS], help="instead of all; repeatable")
     p.add_argument("--recipe", default="w4a8", help="of the variants of feedback")
     p.add_argument("--ctx", type=int, default=1024)
     p.add_argument("--tokens", type=int, default=4096)
@@ -71,14 +71,16 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     model, tokenizer = load(args.model, args.dtype, args.device)
     print("| variant | dPPL % | KL | top-1 | seconds for the moments |\n|---|---|---|---|---|", flush=True)
-    for name in args.variant or (*ACTIVATIONS, *WEIGHTS):
-        began, moments, recipe, constants = time.time(), None, args.recipe, dict[str, float]()
-        if name in ACTIVATIONS:
-            recipe, constants = ACTIVATIONS[name]
+    for name in args.variant or (*CONSTANTS, *WEIGHTS):
+        began, moments, recipe = time.time(), None, args.recipe
+        changed: Any = nullcontext()
+        if name in CONSTANTS:
+            recipe, where, constants = CONSTANTS[name]
+            changed = patch.multiple(where, **constants) if constants else changed
         elif (make := WEIGHTS[name]) is not None:
             moments = make(model)
         spent = time.time() - began
-        with tracker(constants):
+        with changed:
             rows = fidelity(model, tokenizer, [recipe], args.text, args.ctx, args.tokens, stride=2, moments=moments)
         r = rows[-1]
         print(
