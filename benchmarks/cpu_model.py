@@ -1,5 +1,6 @@
 """A whole model on the CPU: what encoding adds to a prompt, decoding with a long context, and llama.cpp beside it.
 
+    python benchmarks/cpu_model.py MODEL --alone --context 8192 --threads 2          # tokens/s and memory, end to end
     python benchmarks/cpu_model.py MODEL --context 8192 32768 --threads 1 --json out.json
     python benchmarks/cpu_model.py MODEL.gguf --llama --context 8192     # needs llama-cpp-python and numpy only
 
@@ -8,23 +9,31 @@ Contestants and contexts take turns, token by token; medians. `growth_ms` is wha
 what it costs without one, which is attention and cache alone and can be compared with llama.cpp, whose other arithmetic
 differs. llama.cpp (flash attention, q4_0 keys and values) gets its context as a state: the cells of 256 tokens that it
 processed, repeated at later positions. --really processes the whole prompt instead, which takes minutes.
+
+--alone gives every cache a process of its own, so that `rss_mb`, the process's resident memory after the last token,
+says what it costs; freed memory is handed back to the system first. --really there reads a prompt in pieces of 512.
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ["op", "cache", "context", "ms", "growth_ms", "tokens_per_s", "cache_bytes", "resident_bytes"]
+COLUMNS = ["op", "cache", "context", "ms", "growth_ms", "tokens_per_s", "cache_bytes", "rss_mb"]
+PIECE = 512  # tokens of a prompt at a time
 
 
-def resident() -> int:
-    """Resident bytes of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def resident_mb() -> float:
+    """Resident MB of this process, without what it has freed."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
 
 def fill(model: Any, cache: Any, tokens: int) -> None:
@@ -49,21 +58,33 @@ def fill(model: Any, cache: Any, tokens: int) -> None:
         layer.lengths, layer._reach, layer.columns = [tokens], [tokens], tokens
 
 
-def decode_rows(model: Any, contexts: list[int], tokens: int, recipe: str) -> list[dict[str, Any]]:
-    """Rows of both caches without and with each context."""
-    import torch
+def new_cache(model: Any, name: str) -> Any:
+    """An empty cache: "bf16" is transformers' own, any other name a recipe."""
     from transformers import DynamicCache
 
     from turboquant import TurboQuantCache
 
-    caches, sizes = {}, {}
+    model.set_attn_implementation("sdpa" if name == "bf16" else "turboquant")
+    return DynamicCache(config=model.config) if name == "bf16" else TurboQuantCache(model, name)
+
+
+def held(cache: Any) -> int:
+    """Bytes of a cache's tensors."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes()["total"])
+    return sum(x.keys.nbytes + x.values.nbytes for x in cache.layers if getattr(x, "keys", None) is not None)
+
+
+def decode_rows(model: Any, contexts: list[int], tokens: int, recipe: str) -> list[dict[str, Any]]:
+    """Rows of both caches without and with each context."""
+    import torch
+
+    caches = {}
     for context in [0, *contexts]:
         for name in (recipe, "bf16"):
-            before = resident()
-            cache = TurboQuantCache(model, recipe) if name == recipe else DynamicCache(config=model.config)
+            caches[name, context] = new_cache(model, name)
             if context:
-                fill(model, cache, context)
-            caches[name, context], sizes[name, context] = cache, resident() - before
+                fill(model, caches[name, context], context)
     ms: dict[tuple[str, int], list[float]] = {key: [] for key in caches}
     token = torch.tensor([[11]])
     for i in range(tokens + 1):
@@ -76,14 +97,55 @@ def decode_rows(model: Any, contexts: list[int], tokens: int, recipe: str) -> li
     rows = []
     for (name, context), cache in caches.items():
         t, empty = statistics.median(ms[name, context]), statistics.median(ms[name, 0])
-        held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) if name == "bf16" else cache.nbytes()["total"]
-        rows.append(row("decode", name, context, t, t - empty, held, sizes[name, context]))
+        rows.append(row("decode", name, context, t, t - empty, held(cache)))
     return rows
 
 
-def row(op: str, cache: str, context: int, ms: float, growth: float, size: int, held: int) -> dict[str, Any]:
-    values = (op, cache, context, ms, growth, 1e3 / ms, size, held)
-    return dict(zip(COLUMNS, values, strict=True))
+def row(
+    op: str, cache: str, context: int, ms: float, growth: float | None, size: int, rss: float | None = None
+) -> dict[str, Any]:
+    return dict(zip(COLUMNS, (op, cache, context, ms, growth, 1e3 / ms, size, rss), strict=True))
+
+
+def alone_rows(model: Any, name: str, context: int, tokens: int, really: bool) -> list[dict[str, Any]]:
+    """One cache in this process: decoding after `context` tokens, and resident memory."""
+    import torch
+
+    cache, rows = new_cache(model, name), []
+    ids = torch.randint(0, 1000, (1, context), generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    for i in range(0, context, PIECE):
+        if really:
+            model(ids[:, i : i + PIECE], past_key_values=cache, logits_to_keep=1)
+            print(f"\r{name}: {min(i + PIECE, context)} of {context} tokens read", end="", file=sys.stderr, flush=True)
+    if really:
+        print(file=sys.stderr)
+        rows.append(row("prompt", name, context, 1e3 * (time.perf_counter() - start), None, held(cache)))
+    else:
+        fill(model, cache, context)
+    ms, token = [], torch.tensor([[11]])
+    for i in range(tokens + 1):
+        start = time.perf_counter()
+        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        if i:
+            ms.append(1e3 * (time.perf_counter() - start))
+    return [*rows, row("alone", name, context, statistics.median(ms), None, held(cache), resident_mb())]
+
+
+def end_to_end(context: int, recipe: str) -> list[dict[str, Any]]:
+    """Rows of both caches, each from a process of its own that runs this script once more."""
+    rows: list[dict[str, Any]] = []
+    for name in (recipe, "bf16"):
+        with tempfile.NamedTemporaryFile(suffix=".json") as out:
+            command = [sys.executable, *sys.argv, "--only", name, "--json", out.name]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            rows += json.loads(Path(out.name).read_text(encoding="utf-8"))
+    ours, theirs = (r for r in rows if r["op"] == "alone")
+    share = (theirs["cache_bytes"] - ours["cache_bytes"]) / 1e6
+    faster = ours["tokens_per_s"] / theirs["tokens_per_s"]
+    print(f"{recipe} at {context} tokens: {faster:.2f} x the tokens/s of transformers' bf16 cache")
+    print(f"resident memory {theirs['rss_mb'] - ours['rss_mb']:.0f} MB lower; the caches differ by {share:.0f} MB")
+    return rows
 
 
 def prefill_rows(model: Any, tokens: int, rounds: int, recipe: str) -> list[dict[str, Any]]:
@@ -117,7 +179,7 @@ def prefill_rows(model: Any, tokens: int, rounds: int, recipe: str) -> list[dict
     cpu._native = native
     t, e = statistics.median(whole), statistics.median(encode)
     print(f"encoding takes {100 * e / t:.2f} % of a prompt of {tokens} tokens")
-    return [row("prefill", recipe, tokens, t, 0.0, size, 0), row("encode", recipe, tokens, e, 0.0, size, 0)]
+    return [row("prefill", recipe, tokens, t, None, size), row("encode", recipe, tokens, e, None, size)]
 
 
 def repeated(state: bytes, cells: int) -> bytes:
@@ -189,7 +251,7 @@ def llama_rows(path: str, contexts: list[int], tokens: int, threads: int, really
             if i:
                 ms[context].append(1e3 * (time.perf_counter() - start))
     times = {context: statistics.median(x) for context, x in ms.items()}
-    return [row("decode", "llama.cpp q4_0", context, t, t - times[0], 0, 0) for context, t in times.items()]
+    return [row("decode", "llama.cpp q4_0", context, t, t - times[0], 0) for context, t in times.items()]
 
 
 def main() -> None:
@@ -201,11 +263,15 @@ def main() -> None:
     p.add_argument("--prompt", type=int, default=0, help="also time a prompt of so many tokens and its encoding")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--llama", action="store_true", help="time llama.cpp on MODEL (a GGUF file) instead")
-    p.add_argument("--really", action="store_true", help="let llama.cpp process the whole context")
+    p.add_argument("--really", action="store_true", help="with --llama or --alone: process the context")
+    p.add_argument("--alone", action="store_true", help="every cache in a process of its own; the first context only")
+    p.add_argument("--only", metavar="CACHE", help=argparse.SUPPRESS)
     p.add_argument("--json", type=Path, metavar="OUT")
     a = p.parse_args()
     if a.llama:
         rows = llama_rows(a.model, a.context, a.tokens, a.threads, a.really)
+    elif a.alone and not a.only:
+        rows = end_to_end(a.context[0], a.recipe)
     else:
         import torch
 
@@ -214,12 +280,15 @@ def main() -> None:
         torch.set_num_threads(a.threads)
         with torch.no_grad():
             model, _ = load(a.model, dtype="bfloat16", device="cpu")
-            rows = decode_rows(model, a.context, a.tokens, a.recipe)
-            if a.prompt:
+            if a.only:
+                rows = alone_rows(model, a.only, a.context[0], a.tokens, a.really)
+            else:
+                rows = decode_rows(model, a.context, a.tokens, a.recipe)
+            if a.prompt and not a.only:
                 rows += prefill_rows(model, a.prompt, 3, a.recipe)
     print("  ".join(COLUMNS))
     for r in rows:
-        print("  ".join(f"{x:.2f}" if isinstance(x, float) else str(x) for x in r.values()))
+        print("  ".join("-" if x is None else f"{x:.2f}" if isinstance(x, float) else str(x) for x in r.values()))
     if a.json:
         a.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

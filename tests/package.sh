@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What a user gets: the sdist installs in a fresh environment with a compiler and without one, and the wheel is manylinux.
+# What a user gets: the sdist installs in a fresh environment with a compiler and without one, the wheel is manylinux, and
+# every source compiles for aarch64.
 # Usage: tests/package.sh; PYTHON names an interpreter whose environment has torch, transformers and the build packages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -34,3 +35,16 @@ CC=false CXX=false check none 'assert {r["kernel"] for r in rows} == {"reference
 "$OUT/compiler/bin/python" -m pip wheel -q --no-deps -w "$OUT" "$SDIST"
 "$OUT/compiler/bin/python" -m auditwheel show "$OUT"/turboquant-*.whl | tee "$OUT/auditwheel"
 grep -q manylinux "$OUT/auditwheel"
+
+# aarch64, Linux and macOS: every source compiles, and warns of nothing. Zig's package is a cross compiler; the headers of
+# Python and nanobind are this machine's. Nothing is linked or run.
+"$OUT/compiler/bin/python" -m pip install -q "$(grep '^ziglang==' constraints.txt)"
+export ZIG_GLOBAL_CACHE_DIR="$OUT/zig" ZIG_LOCAL_CACHE_DIR="$OUT/zig"
+for target in aarch64-linux-gnu aarch64-macos; do
+  for source in src/turboquant/kernels/cpu/csrc/*.cpp; do
+    "$OUT/compiler/bin/python" -m ziglang c++ -target "$target" -std=c++17 -O1 -fPIC -Wall -Wextra -Werror -DTQ_ISA=portable \
+      -DTQ_NAME='"portable"' -isystem "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+      -isystem "$("$PYTHON" -m nanobind --include_dir)" -c "$source" -o "$OUT/$target.o" || { echo "$source does not compile for $target"; exit 1; }
+  done
+  echo "$target: $(ls src/turboquant/kernels/cpu/csrc/*.cpp | wc -l) sources compile"
+done

@@ -53,8 +53,7 @@ def isas() -> tuple[str, ...]:
 
 def isa() -> str:
     """The instruction set in use: TURBOQUANT_CPU_ISA if this machine has it, else the best."""
-    asked = os.environ.get("TURBOQUANT_CPU_ISA", "")
-    return asked if asked in isas() else isas()[0]
+    return str(_native.isa())  # the variable is read there: os.environ takes longer than the rest of a call's checks
 
 
 def supports(op: str, layout: PageLayout | None, device: torch.device) -> str | None:
@@ -130,7 +129,7 @@ def _dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_known: dict[int, tuple[Any, ...]] = {}  # of buffers by identity: a weak reference, what was checked, sizes
+_known: dict[int, tuple[Any, ...]] = {}  # of buffers by identity: a weak reference, what was checked, sizes, spec
 
 
 def _forget(number: int, _: Any) -> None:
@@ -173,14 +172,14 @@ def _arguments(
             key,
             buf.ring_k.dtype,
             (slots, sinks, samples, width, DTYPES[buf.ring_k.dtype], pool),
+            _spec(layout, layout.page_bytes),
         )
         _known[id(buf)] = known
-    _, _, dtype, sizes = known
+    dtype, sizes, spec = known[2:]
     q, k, v = _dense(q), _dense(k, dtype), _dense(v, dtype)
     valid = None if valid is None else valid.contiguous()
     at_valid = 0 if valid is None else valid.data_ptr()
     whole = (b, h, q.shape[1] // h, n, *sizes)
-    spec = _spec(layout, layout.page_bytes)
     return spec, at, whole, _row(q), _row(k), _row(v), at_valid, (q, k, v, valid)
 
 
@@ -207,7 +206,7 @@ def cache_attention(
 ) -> Tensor:
     """See `reference.cache_attention`."""
     b, hq, n, d = q.shape
-    out = q.new_empty(b, n, hq, d).transpose(1, 2)
+    out = torch.empty_strided((b, hq, n, d), (n * hq * d, d, hq * d, 1), dtype=q.dtype)
     if not out.numel():
         return out
     spec, buffers, sizes, q_, k_, v_, valid_, _alive = _arguments(buf, layout, q, k, v, valid)

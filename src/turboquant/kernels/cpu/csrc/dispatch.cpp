@@ -1,4 +1,5 @@
 // Which instruction set runs: the best this machine has.
+#include <cstdlib>
 #include <cstring>
 
 #include "driver.h"
@@ -73,6 +74,10 @@ const Encoder& encoder_of(const char* isa) { return *table().encoder[table().fin
 const Quantizer& quantizer_of(const char* isa) { return *table().quantizer[table().find(isa)]; }
 const Multiplier& multiplier_of(const char* isa) { return *table().multiplier[table().find(isa)]; }
 const DenseMultiplier& dense_of(const char* isa) { return *table().dense[table().find(isa)]; }
+const char* isa_in_use() {
+  const char* asked = std::getenv("TURBOQUANT_CPU_ISA");
+  return table().names[asked ? table().find(asked) : 0];
+}
 const char* const* isa_names(int* count) {
   *count = table().count;
   return table().names;

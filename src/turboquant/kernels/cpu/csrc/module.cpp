@@ -209,6 +209,7 @@ NB_MODULE(_native, m) {
     return std::vector<std::string>(names, names + count);
   });
   m.def("pool", [] { return std::string(pool_name()); });
+  m.def("isa", isa_in_use);
   m.def("attention", [](const Spec& spec, const std::string& isa, int threads, const std::array<int64_t, 10>& buffers,
                         const std::array<int64_t, 10>& sizes, const Row& q, const Row& k, const Row& v, const Row& out,
                         int64_t valid, int64_t mask, int64_t mask_sb, double scaling, double softcap, int64_t window,
