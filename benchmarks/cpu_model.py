@@ -104,7 +104,8 @@ def decode_rows(model: Any, contexts: list[int], tokens: int, recipe: str) -> li
 def row(
     op: str, cache: str, context: int, ms: float, growth: float | None, size: int, rss: float | None = None
 ) -> dict[str, Any]:
-    return dict(zip(COLUMNS, (op, cache, context, ms, growth, 1e3 / ms, size, rss), strict=True))
+    read = context if op in ("prompt", "prefill", "encode") else 1
+    return dict(zip(COLUMNS, (op, cache, context, ms, growth, 1e3 * read / ms, size, rss), strict=True))
 
 
 def alone_rows(model: Any, name: str, context: int, tokens: int, really: bool) -> list[dict[str, Any]]:
@@ -159,7 +160,7 @@ def prefill_rows(model: Any, tokens: int, rounds: int, recipe: str) -> list[dict
     append = cpu._native.append
 
     class Timed:
-        attention = cpu._native.attention
+        attention, isa = cpu._native.attention, cpu._native.isa
 
         @staticmethod
         def append(*args: Any) -> None:
