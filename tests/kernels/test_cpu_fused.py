@@ -9,7 +9,7 @@ from turboquant.kernels import fused
 from turboquant.kernels.cpu import cache as cpu
 from turboquant.kernels.cpu import rows as native
 from turboquant.kernels.fused import NormRule
-from turboquant.kernels.linear import LinearState, Shared
+from turboquant.kernels.linear import LinearSpec, LinearState, Shared
 from turboquant.maths.activations import decode_int8, encode_int8
 from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe, WeightRecipe
@@ -124,6 +124,12 @@ def test_several_products_are_each_by_itself(dtype, m, known, monkeypatch):
     got = on_every_isa(monkeypatch, lambda: kernels.linears(x, pairs, A8, state))
     for y, (w, bias) in zip(got, pairs, strict=True):
         assert y.shape == (2, m, w.shape[0]) and torch.equal(y, kernels.linear(x, w, bias, A8, LinearState()))
+
+
+def test_widths_that_are_not_made_of_sixteens_are_refused():
+    for op in ("mlp", "norm_quantize", "gate_quantize"):
+        assert "sixteens" in kernels.supports(op, LinearSpec(24, 48, 1, 24, 8), torch.device("cpu"))
+    assert kernels.supports("linears", LinearSpec(24, 48, 1, 24, 8), torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

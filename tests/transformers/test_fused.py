@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from turboquant.kernels import fused, ops
+from turboquant.kernels.cpu.cache import isas
 from turboquant.layers.convert import Plan, dequantize_model, quantize_model, quantized
 from turboquant.layers.fused import DenseHead, FusedMLP, FusedNorm, explain_fused, fuse, gate_rule, norm_rule, unfuse
 from turboquant.layers.linear import QuantLinear
@@ -198,3 +200,26 @@ def test_a_head_with_hooks_and_a_quantized_head_stay(tiny):
     model.lm_head.register_forward_hook(lambda *a: None)
     assert type(convert(model).lm_head) is nn.Linear
     assert type(convert(tiny("llama-gqa"), "w4a8:head=8").lm_head) is QuantLinear
+
+
+@pytest.mark.skipif(not isas(), reason="the native module is not built")
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_fuses_norms_and_whole_mlps(name, dtype, tiny, ids):
+    """In one call what the modules compute one after another: their numbers but for a last place here and there, the
+    same for a step as for a prompt."""
+    model = convert(tiny(name).to(dtype), "w8a8")
+    plain = copy.deepcopy(model)
+    unfuse(plain)
+    rows = explain_fused(model, dtype, "cpu")
+    assert {(r["op"], r["kernel"]) for r in rows} >= {("norm_quantize", "cpu"), ("mlp", "cpu")}
+    assert all(m.together is None for m in plain.modules() if isinstance(m, QuantLinear))
+    got, want = logits(model, ids), logits(plain, ids)
+    with ops.use_backend("reference"):
+        floor = (logits(plain, ids) - want).abs().max()
+    assert (got - want).abs().max() <= 2 * floor + 1e-5
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:1, :-1], past_key_values=cache)
+        step = model(ids[:1, -1:], past_key_values=cache).logits[0, -1]
+    assert torch.allclose(step, got[0, -1], rtol=0, atol=float(2 * floor) + 1e-4)
