@@ -1,41 +1,12 @@
-// Stands in for kernels/cuda/csrc/pipe.cuh: all blocks of a cluster run at once, a copy is done where it is asked for,
-// and a barrier counts as the hardware's does. Copies that would read beyond the tensors are the caller's fault and fail.
+// Stands in for kernels/cuda/csrc/pipe.cuh: all blocks of a cluster run at once, and a copy is done where it is asked for.
 #pragma once
 #include "ptx.cuh"
-struct Bar {  // in the 8 bytes of a barrier
-  u16 members, missing;
-  u8 phase, unused[3];
-};
-static std::vector<std::vector<i64>> pending(64);  // bytes that the barriers of a block wait for
-static i64& bytes_of(u64* bar) {
-  auto& some = pending[current / blockDim.x];
-  some.resize(64);
-  return some[(u8*)bar - block_memory() >> 3];
+static void copy16(void* to, const void* from) {
+  if (u64(to) % 16 || u64(from) % 16) std::abort();
+  std::memcpy(to, from, 16);
 }
-static void settle(u64* bar) {
-  Bar* b = (Bar*)bar;
-  if (!b->missing && !bytes_of(bar)) b->missing = b->members, b->phase ^= 1;
-}
-static void barrier_init(u64* bar, int count) {
-  Bar b = {u16(count), u16(count), 0};
-  std::memcpy(bar, &b, 8), bytes_of(bar) = 0;
-}
-static void barriers_ready() {}
-static void expect(u64* bar, int bytes) {
-  bytes_of(bar) += bytes, ((Bar*)bar)->missing--;
-  settle(bar);
-}
-static void arrive(u64* bar) { ((Bar*)bar)->missing--, settle(bar); }
-static void wait(u64* bar, u32 phase) {
-  while (((Bar*)bar)->phase == phase) yield();
-}
-static void copy(void* to, const void* from, int bytes, u64* bar) {
-  if (bytes % 16 || u64(to) % 16 || u64(from) % 16) std::abort();
-  std::memcpy(to, from, bytes);
-  bytes_of(bar) -= bytes;
-  settle(bar);
-}
-static void sync_first(int threads) { barrier(208 + block(), threads); }
+static void copies_end() {}
+template <int N> static void copies_wait() {}
 static void cluster_sync() { barrier(250, alive()); }
 static u32 remote(const u32* at, int rank) {
   u32 x;
@@ -43,7 +14,6 @@ static u32 remote(const u32* at, int rank) {
   return x;
 }
 static void launch_dependents() {}
-static void __syncwarp() { barrier(current / 32, 32); }
 static u32 given[2048][6];  // operands of the warps' products
 static int dot4(u32 a, u32 b) {
   int y = 0;

@@ -3,12 +3,11 @@
 Decoding reads a weight once and multiplies little, so what counts is how early its bytes are asked for. The kernel may
 start while the one before it runs (programmatic dependent launch) and fetches weights until the rows are there. It
 reads the weight in the order in which humming-kernels holds it, so that the GPU holds it once: that of `fragments`.
-Sums of codes are exact; groups are added in one order, which depends on the shape and on the class of the number of
-rows (up to 16, more).
+Sums of codes are exact; groups are added in one order, which depends on the weight's shape.
 """
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from turboquant.kernels.cuda import nvrtc
 
-MAX_ROWS = 64
+MAX_ROWS = 16
 GROUP = 128  # the one size of groups beside whole rows
-OUTPUTS, STAGE_K, THREADS = 64, 512, 288  # of a block; mirror csrc/product.cu
+OUTPUTS, WARPS, PIECE = 64, 8, 2048  # of a block; bytes of 64 outputs × 64 inputs; mirror csrc/product.cu
 HALF = 113 * 1024  # bytes of shared memory of a block, of which two share a multiprocessor
-SHARED = {1: HALF, 2: HALF, 4: HALF, 8: HALF}  # by tiles of 8 rows
 SPLITS = (1, 2, 4, 8)  # blocks that share the K of an output
-FILL = {1: 0.9, 2: 0.9, 4: 0.9, 8: 0.9}  # by tiles of 8 rows: blocks a multiprocessor from which K is split no further
+FILL = 0.9  # blocks a multiprocessor from which K is split no further
+DEEPEST = 6  # pieces that a warp has under way
 
 
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/product.cu
@@ -66,47 +65,32 @@ class Shape:
     """How a product is cut.
 
     Attributes:
-        tiles: of 8 rows. among: parts of a block's outputs, one for each of so many warps. stages: of the ring.
-        split: blocks that share K. planes: stages of the weight.
+        tiles: of 8 rows. depth: pieces that a warp has under way. split: blocks that share K. shared: bytes of memory.
     """
 
     tiles: int
-    among: int
-    stages: int
+    depth: int
     split: int
-    planes: int
-
-    @property
-    def stage_bytes(self) -> int:
-        """Of weights and rows."""
-        return self.planes * OUTPUTS * STAGE_K // 2 + 8 * self.tiles * (STAGE_K + 16)
-
-    def shared(self, k: int, group: int) -> int:
-        """Bytes of shared memory."""
-        return 128 + self.stages * self.stage_bytes + self._tables(k, group)
-
-    def _tables(self, k: int, group: int) -> int:
-        stages = (k + STAGE_K - 1) // STAGE_K
-        most = (stages + self.split - 1) // self.split * STAGE_K  # K of a block
-        return 3 * OUTPUTS * (min(k, most) // group if group < k else 1)
+    shared: int
 
 
 def shape_of(n: int, k: int, group: int, planes: int, rows: int, processors: int) -> Shape:
-    """For so many rows and multiprocessors: as many blocks as fill them, as many stages as fit, two at the least."""
-    tiles = next(t for t in (1, 2, 4, 8) if rows <= 8 * t)
-    most = -(-k // STAGE_K)
-    fits = [s for s in SPLITS if s <= most]
-    split = next((s for s in fits if n // OUTPUTS * s >= FILL[tiles] * processors), fits[-1])
-    one = Shape(tiles, 1 if tiles <= 2 else 2, 0, split, planes)
-    free = SHARED[tiles] - one.shared(k, group)
-    return replace(one, stages=max(2, min(8, free // one.stage_bytes)))
+    """For so many rows and multiprocessors: as many blocks as fill them, as many pieces as fit, two at the least."""
+    tiles, pieces = 1 if rows <= 8 else 2, k // 64
+    fits = [s for s in SPLITS if s * 2 * WARPS <= pieces] or [1]
+    split = next((s for s in fits if n // OUTPUTS * s >= FILL * processors), fits[-1])
+    most = -(-pieces // split)  # pieces of a block
+    tables = 3 * OUTPUTS * (most * 64 // group + 2 if group < k else 1)
+    x, step = rows * (most * 64 + 16), WARPS * planes * PIECE
+    depth = max(2, min(DEEPEST, -(-most // WARPS), (HALF - tables - x) // step))
+    return Shape(tiles, depth, split, tables + max(depth * step + x, WARPS * tiles * 8 * (OUTPUTS + 4) * 4))
 
 
-def config(shape: Shape, k: int, group: int, dtype: torch.dtype) -> str:
+def config(shape: Shape, k: int, group: int, planes: int, dtype: torch.dtype) -> str:
     """config.cuh."""
     numbers = {
-        "NT": shape.tiles, "SPLIT": shape.among, "STAGES": shape.stages, "PLANES": shape.planes,
-        "GROUP": group if group < k else 0, "PACKED_K": int(group == GROUP), "BF16": int(dtype == torch.bfloat16),
+        "NT": shape.tiles, "DEPTH": shape.depth, "PLANES": planes, "GROUP": group if group < k else 0,
+        "PACKED_K": int(group == GROUP), "BF16": int(dtype == torch.bfloat16),
     }  # fmt: skip
     return "\n".join(["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items()), ""])
 
@@ -114,11 +98,10 @@ def config(shape: Shape, k: int, group: int, dtype: torch.dtype) -> str:
 @lru_cache(maxsize=4096)
 def _kernel(
     n: int, k: int, group: int, planes: int, rows: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Any, Shape, int]:
-    """(kernel, its shape, bytes of shared memory); rows stand for their class: 8, 16, 32 or 64."""
+) -> tuple[Any, Shape]:
+    """(kernel, its shape)."""
     shape = shape_of(n, k, group, planes, rows, torch.cuda.get_device_properties(device).multi_processor_count)
-    shared = shape.shared(k, group)
-    return _function(config(shape, k, group, dtype), device), shape, shared
+    return _function(config(shape, k, group, planes, dtype), device), shape
 
 
 @lru_cache(maxsize=256)
@@ -148,8 +131,7 @@ def _multiply(
     bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     (m, k), (n, groups) = codes.shape, scale.shape
-    rows = next(t for t in (8, 16, 32, 64) if m <= t)
-    kernel, shape, shared = _kernel(n, k, k // groups, 1 if second is None else 2, rows, dtype, codes.device)
+    kernel, shape = _kernel(n, k, k // groups, 1 if second is None else 2, m, dtype, codes.device)
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
     call = _Call(
         weight.data_ptr(), 0 if second is None else second.data_ptr(), scale.data_ptr(), zero.data_ptr(),
@@ -158,7 +140,7 @@ def _multiply(
     )  # fmt: skip
     stream = nvrtc.stream_of(codes.device)
     grid = (shape.split, n // OUTPUTS, 1)
-    nvrtc.launch(kernel, grid, THREADS, shared, stream, call, after=True, cluster=shape.split)
+    nvrtc.launch(kernel, grid, 32 * WARPS, shape.shared, stream, call, after=True, cluster=shape.split)
     return out
 
 

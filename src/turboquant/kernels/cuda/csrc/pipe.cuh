@@ -1,33 +1,15 @@
-// PTX for product.cu: barriers and bulk copies, clusters, dependent launch, the int8 tensor-core product (sm_90).
+// PTX for product.cu: copies into shared memory, clusters, dependent launch, the int8 tensor-core product (sm_90).
 #pragma once
 #include "ptx.cuh"
 
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-DEVICE void barrier_init(u64* bar, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));
+DEVICE void copy16(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
-DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-DEVICE void expect(u64* bar, int bytes) {  // arrive; the phase ends when so many bytes have come
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+DEVICE void copies_end() { asm volatile("cp.async.commit_group;" ::: "memory"); }  // of one group
+template <int N> DEVICE void copies_wait() {  // until all but the newest N groups of this thread have come
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
-DEVICE void arrive(u64* bar) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
-DEVICE void wait(u64* bar, u32 phase) {
-  asm volatile(
-      "{\n.reg .pred p;\nagain: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(
-          shared_address(bar)),
-      "r"(phase)
-      : "memory");
-}
-DEVICE void copy(void* to, const void* from, int bytes, u64* bar) {  // multiples of 16
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(bar))
-               : "memory");
-}
-// a barrier of the block's first threads alone, a multiple of 32
-DEVICE void sync_first(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }
 DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
