@@ -15,8 +15,8 @@ from turboquant.recipe import RecipeError
 
 SCHEMA = {
     "recipe": str, "model": str, "dtype": str, "device": str, "kernel": str, "text": str, "version": str,
-    "ctx": int, "tokens": int, "stride": int, "chunk": type(None), "backend": str, "cache_tokens": int, "nonfinite": int,
-    "cache_bytes": int, "ring_bytes": int, "state_bytes": int, "base_cache_bytes": int,
+    "ctx": int, "tokens": int, "stride": int, "chunk": type(None), "backend": str, "cache_tokens": int,
+    "nonfinite": int, "cache_bytes": int, "ring_bytes": int, "state_bytes": int, "base_cache_bytes": int,
     "ppl_base": float, "ppl": float, "dppl_percent": float, "dppl_se": float, "kl": float, "kl_se": float,
     "top1": float, "top1_se": float, "match": float, "match_se": float,
     "key_bits": float, "value_bits": float, "weight_bits": float, "activation_bits": float, "seconds": float,
