@@ -36,7 +36,7 @@ SHAPES = {
     "down": (4096, "gate"),
 }  # N, what comes before; K as of KINDS
 ROWS = (1, 16, 64, 256, 2048)
-EARLY_TO = 16  # the default of Launch, which the plot shows
+EARLY_TO = 8  # the default of Launch, which the plot shows
 
 
 def launches(kind: str, m: int, k: int) -> Iterator[tuple[str, Any]]:

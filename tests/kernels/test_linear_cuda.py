@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from turboquant.kernels import ops
+from turboquant.kernels.linear import LinearSpec
 from turboquant.layers.linear import QuantLinear
 from turboquant.maths.activations import decode_int8, encode_int8
 from turboquant.recipe import parse_recipe
@@ -105,8 +106,10 @@ def test_few_rows_run_on_the_bytes_that_humming_holds(group, bits):
     if why := product.refusal(384, 1024, weight.group, weight.scale.device):
         pytest.skip(why)
     ready = linear.prepare(weight, 8, torch.bfloat16)
-    assert ready.few == product.MAX_ROWS
-    x = encode_int8(torch.randn(product.MAX_ROWS + 1, 1024, device="cuda"))
+    assert ready.few == linear.FEW
+    spec = LinearSpec(1024, 384, bits // 4, weight.group, 8, torch.bfloat16)
+    assert f"csrc/product.cu up to {linear.FEW} rows" in ops.explain_linear(spec, "cuda")[-1]["why"]
+    x = encode_int8(torch.randn(linear.FEW + 1, 1024, device="cuda"))
     few = linear.multiply(ready, weight, x.codes[:-1], x.unit[:-1])
     more = linear.multiply(ready, weight, x.codes, x.unit)[:-1]
     exact = (x.codes[:-1] * x.unit[:-1]) @ weight.dequantize().T

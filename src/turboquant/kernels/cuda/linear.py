@@ -22,6 +22,7 @@ from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe
 
 PACKAGE = "humming"
+FEW = 8  # rows up to which `product` takes over; it can more, but was not seen to be faster there for every shape
 
 
 def supports(op: str, spec: Any, device: torch.device) -> str | None:
@@ -88,7 +89,7 @@ def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
     if own:
         want = [product.fragments(c, weight.group) for c in coded.codes]
         if all(torch.equal(a.weight.view(torch.uint8).flatten(), b) for a, b in zip(layers, want, strict=True)):
-            few = product.MAX_ROWS
+            few = FEW
             torch.cuda.current_stream(device).synchronize()  # `product` reads it before it waits
         else:
             warnings.warn("this humming-kernels orders weights otherwise: it runs few rows too", stacklevel=2)
@@ -101,7 +102,7 @@ def note(spec: LinearSpec, device: torch.device) -> str:
     if spec.activation_bits < 16:
         why = product.refusal(spec.outputs, spec.inputs, spec.group, device)
     return f"humming-kernels; csrc/product.cu is {why}" if why else (
-        f"csrc/product.cu up to {product.MAX_ROWS} rows, humming-kernels beyond"
+        f"csrc/product.cu up to {FEW} rows, humming-kernels beyond"
     )  # fmt: skip
 
 
