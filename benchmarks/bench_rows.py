@@ -36,7 +36,6 @@ SHAPES = {
     "down": (4096, "gate"),
 }  # N, what comes before; K as of KINDS
 ROWS = (1, 16, 64, 256, 2048)
-EARLY_TO = 8  # the default of Launch, which the plot shows
 
 
 def launches(kind: str, m: int, k: int) -> Iterator[tuple[str, Any]]:
@@ -167,8 +166,7 @@ def plot(source: Path, target: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    chains = [r for r in json.loads(source.read_text())["rows"] if r["what"] == "chain"]
-    rows = [r for r in chains if r["early"] == (r["m"] <= EARLY_TO)]
+    rows = [r for r in json.loads(source.read_text())["rows"] if r["what"] == "chain" and not r["early"]]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for i, shape in enumerate(dict.fromkeys(r["shape"] for r in rows)):
         some = [r for r in rows if r["shape"] == shape]

@@ -38,8 +38,8 @@ def refusal(n: int, k: int, group: int, device: torch.device) -> str | None:
         return "made for compute capability 9.0"
     if group not in (GROUP, k):
         return f"for groups of {GROUP} or whole rows"
-    if n % OUTPUTS or k % 128:
-        return f"for a multiple of {OUTPUTS} outputs and of 128 inputs"
+    if n % OUTPUTS or k % 128 or k == GROUP:
+        return f"for a multiple of {OUTPUTS} outputs and of 128 inputs, 256 at the least"
     return nvrtc.missing()
 
 
