@@ -1,7 +1,15 @@
-"""The CUDA decode attention against the reference on the same buffers. Needs a GPU, but for the sources' own check."""
+"""The CUDA decode attention against the reference on the same buffers.
 
+Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulation/); with one, on it.
+"""
+
+import ctypes
 import platform
+import shutil
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,26 +72,26 @@ CASES = [
 ]
 
 
-def filled(case: Case, tokens) -> tuple[LayerCache, list[torch.Tensor]]:
+def filled(case: Case, tokens, device="cuda") -> tuple[LayerCache, list[torch.Tensor]]:
     """A cache with the tokens of `lengths`, as the reference writes them, and the next chunk."""
     longest = max(case.lengths)
     some = [tokens(case.hq, case.h, longest + case.n, case.d, seed=i) for i in range(len(case.lengths))]
-    q, k, v = (torch.stack(x).cuda().to(case.dtype) for x in zip(*some, strict=True))
+    q, k, v = (torch.stack(x).to(device, case.dtype) for x in zip(*some, strict=True))
     cache = LayerCache(parse_recipe(case.recipe).kv, case.window)
     if longest:
         valid = torch.arange(longest)[None] < torch.tensor(case.lengths)[:, None]
         some = [x[:, :, :longest] for x in (q, k, v)]
         cache._start(k)
         cache._reserve(list(case.lengths))
-        reference.cache_append(cache.buf, cache.layout, *some, valid.cuda())
+        reference.cache_append(cache.buf, cache.layout, *some, valid.to(device))
         cache._count(list(case.lengths))
     else:
         cache._start(k)
     return cache, [x[:, :, longest:] for x in (q, k, v)]
 
 
-def options(case: Case) -> dict:
-    extra = torch.linspace(-1, 2, case.hq, device="cuda") if case.extra else None
+def options(case: Case, device="cuda") -> dict:
+    extra = torch.linspace(-1, 2, case.hq, device=device) if case.extra else None
     return dict(scaling=case.scaling, window=case.window, softcap=case.softcap, sink_logits=extra)
 
 
@@ -138,14 +146,14 @@ def test_so_it_is_on_captured_keys_and_values(recipe, n, dtype, real, monkeypatc
     check(Case(recipe, 64, 2, 1, n, (264, 200), dtype=dtype), captured, monkeypatch)
 
 
-def check(case: Case, tokens, monkeypatch) -> None:
-    cache, (q, k, v) = filled(case, tokens)
-    args = (cache.buf, cache.layout)
-    got = cuda.cache_attention(*args, q, k, v, **options(case))
-    truth = reference.cache_attention(*args, q.float(), k, v, **options(case))
+def check(case: Case, tokens, monkeypatch, device="cuda") -> None:
+    cache, (q, k, v) = filled(case, tokens, device)
+    args, more = (cache.buf, cache.layout), options(case, device)
+    got = cuda.cache_attention(*args, q, k, v, **more)
+    truth = reference.cache_attention(*args, q.float(), k, v, **more)
     monkeypatch.setattr(Gather, "coarse", case.dtype)
     monkeypatch.setattr(reference, "_Softmax", Gather)
-    coarse = reference.cache_attention(*args, q.float(), k, v, **options(case))
+    coarse = reference.cache_attention(*args, q.float(), k, v, **more)
     mine, theirs = rms(got.float() - truth), rms(coarse - truth)
     floor = torch.finfo(case.dtype).eps * rms(truth) / 4
     assert mine <= 2 * max(theirs, floor), (mine, theirs, rms(truth))
@@ -156,22 +164,91 @@ def check(case: Case, tokens, monkeypatch) -> None:
     "case", [Case(n=5), Case(n=8, hq=32), Case(n=3, hq=2, d=64, lengths=(250, 190)), Case(n=4, window=300)]
 )
 def test_rows_of_a_verify_step_have_the_bits_of_single_steps(case, tokens):
-    cache, (q, k, v) = filled(case, tokens)
-    together = cuda.cache_attention(cache.buf, cache.layout, q, k, v, **options(case))
+    compare_rows(case, tokens, "cuda")
+
+
+def compare_rows(case: Case, tokens, device) -> None:
+    cache, (q, k, v) = filled(case, tokens, device)
+    more = options(case, device)
+    together = cuda.cache_attention(cache.buf, cache.layout, q, k, v, **more)
     for i in range(case.n):
         qi, ki, vi = (x[:, :, i : i + 1] for x in (q, k, v))
-        alone = cuda.cache_attention(cache.buf, cache.layout, qi, ki, vi, **options(case))
+        alone = cuda.cache_attention(cache.buf, cache.layout, qi, ki, vi, **more)
         assert torch.equal(alone, together[:, :, i : i + 1]), i
         cache._reserve([1] * len(case.lengths))
         reference.cache_append(cache.buf, cache.layout, qi, ki, vi, None)
         cache.lengths = [n + 1 for n in cache.lengths]
 
 
+@pytest.fixture
+def emulated(monkeypatch, tmp_path):
+    """`cuda.cache_attention` on CPU tensors, as of a chip of two multiprocessors with two warps each."""
+    here, compiler = Path(__file__).parent / "emulation", shutil.which("g++") or shutil.which("c++")
+    assert compiler, "no C++ compiler"
+
+    def kernel(layout, dtype, group, rows, many, cap, device):
+        (height, tiles), warps = cuda.tiles_of(layout, group, rows), 2
+        folder = tmp_path / f"{height}-{tiles}-{many}"
+        if not folder.exists():
+            shutil.copytree(nvrtc.SOURCES, folder)
+            source = (folder / "attention.cu").read_text()
+            source = source.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = shared_memory;")
+            (folder / "attention.cu").write_text(source)
+            config = cuda.config(layout, dtype, height, tiles, warps, many, cap)
+            (folder / "config.cuh").write_text(config.replace("__constant__", "static const"))
+            for name in ("ptx.cuh", "tensor.cuh", "attend.cpp"):
+                shutil.copy(here / name, folder / name)
+            options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
+            subprocess.run([compiler, *options, "-o", folder / "run.so", folder / "attend.cpp"], check=True)
+        run = ctypes.CDLL(str(folder / "run.so")).run
+        return SimpleNamespace(rows=height * tiles, block_warps=warps, blocks=2, shared=0, attend=(run, b"attend"),
+                               merge=(run, b"merge"))  # fmt: skip
+
+    def launch(kernel, blocks, threads, shared, stream, call, after=False):
+        run, name = kernel
+        run(name, ctypes.byref(call), *blocks, threads)
+
+    monkeypatch.setattr(cuda, "_kernel", kernel)
+    monkeypatch.setattr(nvrtc, "launch", launch)
+    monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
+
+
+EMULATED = [
+    Case(),
+    Case(d=64, hq=2, h=1, dtype=F16),
+    Case(recipe="kv8", d=80, hq=5, h=1, lengths=(300,)),
+    Case(recipe="k4v3", d=96, hq=16, h=1, lengths=(300,)),
+    Case(recipe="kv2", d=256, hq=4, h=1, lengths=(270,)),
+    Case(recipe="kv4:hot=13", hq=6, lengths=(400,)),
+    Case(softcap=5.0, extra=True, window=300, scaling=0.3, n=3, lengths=(500,)),
+    Case(lengths=(0, 1, 63, 64, 65, 127, 128), hq=2, h=1, n=2),
+]
+
+
+@pytest.mark.parametrize("case", EMULATED, ids=str)
+def test_the_source_on_the_cpu_is_within_twice_the_error_of_plain_torch(case, tokens, monkeypatch, emulated):
+    check(case, tokens, monkeypatch, "cpu")
+
+
+@pytest.mark.parametrize("case", [Case(n=3, hq=16, lengths=(260,), dtype=F16)], ids=str)
+def test_rows_of_a_verify_step_have_the_bits_of_single_steps_on_the_cpu(case, tokens, emulated):
+    compare_rows(case, tokens, "cpu")
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_value_that_is_not_finite_reaches_only_its_readers(n, tokens):
-    case = Case(n=n, lengths=(300, 300))
-    cache, (q, k, v) = filled(case, tokens)
+    poison(Case(n=n, lengths=(300, 300)), tokens, "cuda")
+
+
+@pytest.mark.parametrize("lengths", [(300, 300), (60, 60)], ids=["pages", "no pages"])
+def test_a_value_that_is_not_finite_reaches_only_its_readers_on_the_cpu(lengths, tokens, emulated):
+    poison(Case(n=2, lengths=lengths), tokens, "cpu")
+
+
+def poison(case: Case, tokens, device) -> None:
+    n = case.n
+    cache, (q, k, v) = filled(case, tokens, device)
     clean = cuda.cache_attention(cache.buf, cache.layout, q, k, v)
     v = v.clone()
     v[0, 1, n - 1, 5] = torch.nan

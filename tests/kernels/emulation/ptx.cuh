@@ -1,5 +1,5 @@
-// Stands in for kernels/cuda/csrc/ptx.cuh: CUDA's threads as fibers of one CPU thread, so that append.cu runs in tests
-// without a GPU. A barrier or a shuffle lets the other fibers go on until all have come.
+// Stands in for kernels/cuda/csrc/ptx.cuh: CUDA's threads as fibers of one CPU thread, so that the sources run in
+// tests without a GPU. A barrier or a shuffle lets the other fibers go on until all have come.
 #pragma once
 #include <ucontext.h>
 
@@ -154,7 +154,10 @@ static int __popcll(u64 x) { return __builtin_popcountll(x); }
 static u32 prmt(u32 a, u32 b, u32 selector) {
   const u64 bytes = a | u64(b) << 32;
   u32 out = 0;
-  for (int i = 0; i < 4; i++) out |= u32(u8(bytes >> (8 * (selector >> (4 * i) & 7)))) << (8 * i);
+  for (int i = 0; i < 4; i++) {
+    const u32 pick = selector >> (4 * i), byte = u8(bytes >> (8 * (pick & 7)));
+    out |= (pick & 8 ? byte >> 7 ? 0xFFu : 0u : byte) << (8 * i);
+  }
   return out;
 }
 static u32 dp2a(u32 a, u32 b, u32 c) { return c + (a & 0xFFFF) * (b & 255) + (a >> 16) * (b >> 8 & 255); }
@@ -182,9 +185,10 @@ static float half_(u16 x) {
 static float wide(u16 x) { return BF16 ? __uint_as_float(u32(x) << 16) : half_(x); }
 static float wide_low(u32 pair) { return wide(u16(pair)); }
 static float wide_high(u32 pair) { return wide(u16(pair >> 16)); }
-static u32 two_16(float lo, float) {  // the lower one is all that is used
-  if (!BF16) return to_half(lo);
-  if (lo != lo) return 0x7FFF;
-  const u32 x = __float_as_uint(lo);
-  return (x + 0x7FFF + (x >> 16 & 1)) >> 16;
+static u16 one_16(float x) {
+  if (!BF16) return to_half(x);
+  if (x != x) return 0x7FFF;
+  const u32 bits = __float_as_uint(x);
+  return u16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
+static u32 two_16(float lo, float hi) { return one_16(lo) | u32(one_16(hi)) << 16; }

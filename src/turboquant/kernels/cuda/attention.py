@@ -20,8 +20,9 @@ from turboquant.packed.page import PageLayout
 MAX_ROWS = 128  # query rows of a KV head: heads of its group times tokens of the chunk
 MAX_TOKENS = 8  # of the chunk
 WARPS = 16  # of a block, one block a multiprocessor; half or fewer where registers or shared memory do not suffice
-BUFFERS = 2  # half pages that a warp has in flight
+BUFFERS = 2  # half pages, or keys and values of a tile, that a warp has in flight
 TILE_TOKENS = 16  # of the 16-bit part of a sequence, one item of work
+TILE_UNITS, PAGE_UNITS = 2, 4  # of work, as which such a tile and a page count
 LOG2E = 1.4426950408889634
 
 
@@ -73,6 +74,7 @@ def config(
     kv, four = layout.kv, int8_levels(4)[0]
     numbers = page_macros(layout, dtype) | {
         "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps, "BUFFERS": BUFFERS, "MANY": int(many), "CAP": int(cap),
+        "TILE_UNITS": TILE_UNITS, "PAGE_UNITS": PAGE_UNITS,
         "SCRATCH_BYTES": scratch_bytes(layout, rows_of_tile * tiles), "HALF": half_bytes(layout, rows_of_tile * tiles),
         "KEY_UNIT": f"{int8_levels(kv.key_bits)[1]!r}f", "VALUE_UNIT": f"{int8_levels(kv.value_bits)[1]!r}f",
     }  # fmt: skip
@@ -157,6 +159,8 @@ def cache_attention(
         (scaling or d**-0.5) * LOG2E, (softcap or 0.0) * LOG2E,
     )  # fmt: skip
     stream = nvrtc.stream_of(q.device)
-    nvrtc.launch(kernel.attend, (kernel.blocks, blocks, 1), kernel.block_warps * 32, kernel.shared, stream, call)
+    nvrtc.launch(
+        kernel.attend, (kernel.blocks, blocks, 1), kernel.block_warps * 32, kernel.shared, stream, call, after=True
+    )
     nvrtc.launch(kernel.merge, (b * hq * n, 1, 1), -(-d // 32) * 32, 0, stream, call, after=True)
     return out

@@ -341,7 +341,7 @@ def generic(
     h = k.shape[1]
     g, width = hq // h, buf.table.shape[1]
     full = buf.ring_k.dtype == torch.float32
-    # Triton 3.6 gets fp32 tiles of 32 rows wrong on an H100 (a third off; right in its interpreter), of 16 not
+    # Triton 3.6 gets fp32 tiles of 32 rows wrong on an H100 with four warps (right with two), of 16 not
     m = 16 if full else min(64 // s.HALVES, max(16, triton.next_power_of_2(g * n)))
     tiles = -(-g * n // m)
     if splits is None:

@@ -22,49 +22,44 @@ struct Stream {
 
 // tiles of 16 ring slots, `first` to `last`, then of 16 sinks
 DEVICE void exact_items(const Call& c, const Rows& w, int first, int last, Stream& stream, int lane, Softmax& soft) {
-  const int tiles = (c.slots + 15) / 16, g = lane >> 2, t = lane & 3;
-  const ExactQuery q(c, w, lane);
-  u64 some = 0, all = 0;  // tiles of which rows read something, everything
-  for (int i = first; i < min(last, tiles); i++) {
-    const Token j = in_ring(c, w, i * 16 + (lane & 15), 0, nullptr);
-    const bool first_row = reads(c, w, j, int(w.start)), last_row = reads(c, w, j, int(w.start) + c.tokens - 1);
-    if (__any_sync(~0u, read_at_all(c, w, j))) some |= u64(1) << i;
-    if (__all_sync(~0u, j.ring && first_row && last_row)) all |= u64(1) << i;
-  }
-  const i64 head = (i64(w.b) * c.heads + w.h) * c.slots;
-  u64 coming = some;
-  bool values = false;
-  auto ask = [&] {
-    if (!coming) return no_copy();
-    const int slot = (__ffsll(coming) - 1) * 16;
-    stream.ask((values ? c.ring_v : c.ring_k) + (head + slot) * D, min(16, c.slots - slot) * D * 2);
-    if (values) coming &= coming - 1;
-    values = !values;
-  };
-  for (int i = 0; i < BUFFERS; i++) ask();
-  for (; some; some &= some - 1) {
-    const int tile = __ffsll(some) - 1, slot = tile * 16;
-    const u16* keys = (const u16*)stream.next();
-    const u16* rows = (const u16*)stream.next();
-    if (all >> tile & 1) {
-      const u16* const key[2] = {keys + g * D, keys + (8 + g) * D};
-      const u16* const value[4] = {rows + 2 * t * D, rows + (2 * t + 1) * D, rows + (8 + 2 * t) * D, rows + (9 + 2 * t) * D};
-      float logits[TALL][2][4];
-      exact_logits(q, key, lane, logits);
-      exact_values<true>(c, w, q, value, [](int) { return Token{}; }, lane, logits, soft);
-    } else {
-      auto token_of = [&](int i) {
-        Token j = in_ring(c, w, slot + i, slot, keys);
-        if (j.ring && j.pos >= 0) j.v = rows + i * D;
-        return j;
-      };
-      exact_some(c, w, q, token_of, lane, soft);
+  const int tiles = (c.slots + 15) / 16, g = lane >> 2;
+  const i64 head = i64(w.b) * c.heads + w.h;
+  auto tile_at = [&](int i) -> Tile { return {16 * (i < tiles ? i : i - tiles), i < tiles, nullptr, nullptr}; };
+  bool plain = false;
+  auto after = [&](int i) {  // the next tile of which some row reads something; plain: all rows read all of it
+    for (i++; i < last; i++) {
+      const Token j = token_in(c, w, tile_at(i), lane & 15);
+      if (!__any_sync(~0u, read_at_all(c, w, j))) continue;
+      plain = __all_sync(~0u, j.ring && reads(c, w, j, int(w.start)) && reads(c, w, j, w.newest));
+      break;
     }
+    return i;
+  };
+  auto ask = [&](int i, const u16* ring, const u16* sinks) {
+    if (i >= last) return no_copy();
+    const Tile tile = tile_at(i);
+    const int slots = tile.ring ? c.slots : c.sinks;
+    stream.ask((tile.ring ? ring : sinks) + (head * slots + tile.first) * D, min(16, slots - tile.first) * D * 2);
+  };
+  int i = after(first - 1);
+  ask(i, c.ring_k, c.sink_k), ask(i, c.ring_v, c.sink_v);
+  const ExactQuery q(c, w, lane);
+  while (i < last) {
+    Tile tile = tile_at(i);
+    const bool all = plain;
+    tile.keys = (const u16*)stream.next();
+    const u16* key[2] = {tile.keys + g * D, tile.keys + (8 + g) * D};
+    if (!all) key[0] = token_in(c, w, tile, g).k, key[1] = token_in(c, w, tile, 8 + g).k;
+    float logits[TALL][2][4];
+    exact_logits(q, key, lane, logits);
     __syncwarp();
-    ask(), ask();
+    i = after(i);
+    ask(i, c.ring_k, c.sink_k);
+    tile.values = (const u16*)stream.next();
+    exact_values(c, w, q, tile, all, lane, logits, soft);
+    __syncwarp();
+    ask(i, c.ring_v, c.sink_v);
   }
-  for (int i = max(0, first - tiles); i < last - tiles; i++)
-    exact_some(c, w, q, [&](int n) { return in_sinks(c, w, i * 16 + n); }, lane, soft);
 }
 
 DEVICE void packed_items(const Call& c, const Rows& w, int first, int last, Stream& stream, int lane,
@@ -72,14 +67,15 @@ DEVICE void packed_items(const Call& c, const Rows& w, int first, int last, Stre
   Scratch& x = stream.x;
   const int pages = max(0, last - first);
   const int* table = c.table + i64(w.b) * c.width + first;
-  auto page_at = [&](int i) { return min(__ldg(table + i), c.pool - 1); };
-  auto ask = [&](int half) {
-    if (half >= 2 * pages) return no_copy();
-    const u8* from = c.pages + (i64(max(0, page_at(half / 2))) * c.heads + w.h) * PAGE_BYTES;
-    if (half & 1) stream.ask(from + VALUE_PART, PAGE_BYTES - VALUE_PART);
+  auto page_at = [&](int i) { return i < pages ? min(__ldg(table + i), c.pool - 1) : -1; };
+  auto ask = [&](int i, int number, bool values) {
+    if (i >= pages) return no_copy();
+    const u8* from = c.pages + (i64(max(0, number)) * c.heads + w.h) * PAGE_BYTES;
+    if (values) stream.ask(from + VALUE_PART, PAGE_BYTES - VALUE_PART);
     else stream.ask(from, VALUE_PART);
   };
-  for (int i = 0; i < BUFFERS; i++) ask(i);
+  int number = page_at(0), next = page_at(1);
+  ask(0, number, false), ask(0, number, true);
   const int g = lane >> 2, t = lane & 3;
   for (int i = 0; i < pages; i++) {
     u32 q[E / 2];
@@ -97,21 +93,22 @@ DEVICE void packed_items(const Call& c, const Rows& w, int first, int last, Stre
     float logits[TILES][NT][2];
     logits_of(tables, page, x, lane, logits);
     __syncwarp();
-    ask(2 * i + BUFFERS);
+    ask(i + 1, next, false);
     const i64 from = i64(first + i) * P;
-    const bool whole = from >= c.sinks && from + P - 1 <= w.start - c.ring && page_at(i) >= 0 &&
+    const bool whole = from >= c.sinks && from + P - 1 <= w.start - c.ring && number >= 0 &&
                        (!c.window || w.start + c.tokens - 1 - from < c.window);
     if (CAP || !whole) {
 #pragma unroll
-      for (int m = 0; m < TILES; m++) {
+      for (int m = 0; m < TILES; m++) {  // row g reads tokens low to high of the page
         const i64 at = position(c, w, m * ROWS + g % ROWS);
+        const int low = int(max(max(i64(c.sinks), c.window ? at - c.window + 1 : 0) - from, i64(0)));
+        const int high = number < 0 ? -1 : int(min(at - c.ring - from, i64(P)));
 #pragma unroll
         for (int j = 0; j < NT; j++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            const i64 pos = from + token(j, 2 * t + e);
-            const bool see = pos >= c.sinks && pos <= at - c.ring && (!c.window || at - pos < c.window) && page_at(i) >= 0;
-            logits[m][j][e] = see ? capped(c, logits[m][j][e]) : NEG;
+            const int pos = token(j, 2 * t + e);
+            logits[m][j][e] = pos >= low && pos <= high ? capped(c, logits[m][j][e]) : NEG;
           }
       }
     }
@@ -122,10 +119,13 @@ DEVICE void packed_items(const Call& c, const Rows& w, int first, int last, Stre
     for (int m = 0; m < TILES; m++) weigh(x, lane, logits[m], unit, soft, m, weights[m]);
     add_values(tables, values + AT_VALUE_CODES - VALUE_PART, lane, weights, unit, soft);
     __syncwarp();
-    ask(2 * i + 1 + BUFFERS);
+    ask(i + 1, next, true);
+    number = next, next = page_at(i + 2);
   }
 }
 
+// that have work: a page at least, or as much in tiles
+DEVICE int warps_of(const Call& c, int total) { return min((total + PAGE_UNITS - 1) / PAGE_UNITS, c.warps); }
 // where the partial result of a warp and KV head lies: both only grow along the work
 DEVICE i64 slot_of(const Call& c, int block, int warp, i64 pair) {
   return block * (c.warps + i64(c.batch) * c.heads) + warp + pair;
@@ -136,41 +136,46 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) attend(const __grid_
   __shared__ i64 open[WARPS];
   const int lane = threadIdx.x & 31, own = uniform(int(threadIdx.x >> 5)), warp = blockIdx.x * WARPS + own;
   Scratch& x = ((Scratch*)memory)[own];
-  for (int i = lane; i < int(sizeof(x.query) + sizeof(x.hot_hi) + sizeof(x.hot_lo)) / 4; i += 32) x.query[0][i] = 0;
+  for (int i = lane; i < int(sizeof(x.turned)) / 4; i += 32) ((u32*)&x.turned)[i] = 0;
   copies_init(x.bar, lane);
   Stream stream{x, lane, 0, 0};
   const Tables tables(c.batch >> 31);
   float sign[(D + 31) / 32];
 #pragma unroll
   for (int i = 0; i < (D + 31) / 32; i++) sign[i] = SIGN_BITS[i] >> lane & 1 ? 1.f : -1.f;
-  i64 from = 0, to = 0;
+  start_next();
+  wait_for_previous();
+  int from = 0, to = 0;
   {
-    const i64 total = locate(c, 0, lane, warp == 0 && blockIdx.y == 0).total, warps = min(total, i64(c.warps));  // none without an item
-    if (warp < warps) from = total * warp / warps, to = total * (warp + 1) / warps;
+    const int total = locate(c, 0, lane, warp == 0 && blockIdx.y == 0).total, warps = warps_of(c, total);
+    if (warp < warps) from = ratio(total, warp, warps), to = ratio(total, warp + 1, warps);  // none without a unit
   }
   Softmax soft;
   Rows w{};
   i64 pair = -1;
   bool kept = false;
+  const int exact = c.exact * TILE_UNITS;
   while (from < to) {
     const Where at = locate(c, from, lane, false);
     const Span span = span_of(c, at.b);
-    const int h = int(from - at.before) / span.items, item = int(from - at.before) % span.items;
-    const int count = int(min(to - from, i64(span.items - item)));
-    w = {at.b, h, int(blockIdx.y), 0, span.start};
+    const int h = (from - at.before) / span.units, begin = from - at.before - h * span.units;
+    const int end = begin + min(to - from, span.units - begin);
+    const int newest = int(span.start) + c.tokens - 1;
+    w = {at.b, h, int(blockIdx.y), 0, span.start, newest, newest % c.slots};
     w.used = min(R, c.group * c.tokens - w.block * R);
     pair = i64(at.b) * c.heads + h;
     const i64 slot = slot_of(c, w.block, warp, pair) * 2 * R;
-    from += count;
-    if (item < c.exact) {
+    from += end - begin;
+    // whose first unit it is takes a tile or a page
+    if (begin < exact) {
       soft.clear();
-      exact_items(c, w, item, min(item + count, c.exact), stream, lane, soft);
+      exact_items(c, w, (begin + TILE_UNITS - 1) / TILE_UNITS, (min(end, exact) + TILE_UNITS - 1) / TILE_UNITS, stream, lane, soft);
       soft.write(w, c.part + slot * D, c.top + slot * 2, false, lane);
     }
-    if (item + count > c.exact) {
-      const int first = span.first + max(0, item - c.exact), last = min(span.last, span.first + item + count - c.exact);
+    if (end > exact) {
+      auto page_of = [&](int unit) { return span.first + (max(0, unit - exact) + PAGE_UNITS - 1) / PAGE_UNITS; };
       soft.clear();
-      packed_items(c, w, first, last, stream, lane, tables, sign, soft);
+      packed_items(c, w, page_of(begin), min(span.last, page_of(end)), stream, lane, tables, sign, soft);
       kept = from == to;
       const i64 place = slot + R;
       if (kept) soft.write(w, (float*)x.buffer, x.row[0], true, lane);
@@ -212,16 +217,18 @@ extern "C" __global__ void __launch_bounds__((D + 31) / 32 * 32) merge(const __g
   const int ch = threadIdx.x, rows = c.group * c.tokens;
   const int row = blockIdx.x % rows, h = blockIdx.x / rows % c.heads, b = blockIdx.x / rows / c.heads;
   const int block = row / R, r = row % R;
+  start_next();
   wait_for_previous();
-  const i64 items = c.plan[2 * b + 1], total = c.plan[2 * c.batch], warps = min(total, i64(c.warps));
-  const i64 pair = i64(b) * c.heads + h, start = c.plan[2 * b] + h * items;
-  auto warp_of = [&](i64 item) { return int(((item + 1) * warps - 1) / total); };
-  const int low0 = warp_of(start), count0 = warp_of(start + c.exact - 1) - low0 + 1;
+  const int units = c.plan[2 * b + 1], total = c.plan[2 * c.batch], warps = warps_of(c, total);
+  const int start = c.plan[2 * b] + h * units, exact = c.exact * TILE_UNITS;
+  const i64 pair = i64(b) * c.heads + h;
+  auto warp_of = [&](int unit) { return ratio(unit + 1, warps, total, 1); };
+  const int low0 = warp_of(start), count0 = warp_of(start + exact - 1) - low0 + 1;
   // of the pages: a sum in the first warp of each block, and the last warp by itself if it went on to other work
-  const int low1 = warp_of(start + c.exact), high1 = warp_of(start + items - 1);
-  const bool alone = total * (high1 + 1) / warps > start + items;
+  const int low1 = warp_of(start + exact), high1 = warp_of(start + units - 1);
+  const bool alone = ratio(total, high1 + 1, warps) > start + units;
   const int sums = high1 - alone < low1 ? 0 : (high1 - alone) / WARPS - low1 / WARPS + 1;
-  const int count = count0 + (items > c.exact ? sums + alone : 0);
+  const int count = count0 + (units > exact ? sums + alone : 0);
   auto slot = [&](int i) -> i64 {
     if (i < count0) return slot_of(c, block, low0 + i, pair) * 2 * R + r;
     i -= count0;

@@ -8,27 +8,23 @@ struct Token {
   bool ring;
   const u16 *k, *v;
 };
-DEVICE Token in_chunk(const Call& c, const Rows& w, int i) {
-  return {int(w.start) + i, false, c.k + w.b * c.k_b + w.h * c.k_h + i * c.k_n, c.v + w.b * c.v_b + w.h * c.v_h + i * c.v_n};
-}
-// the token of a ring slot; `rows` is a copy of the slots from `first` on
-DEVICE Token in_ring(const Call& c, const Rows& w, int slot, int first, const u16* rows) {
-  const int start = int(w.start), newest = start + c.tokens - 1;
-  if (slot >= c.slots || slot > newest) return {-1, true, nullptr, nullptr};
-  const int pos = newest - (newest - slot) % c.slots;
-  if (pos < c.sinks) return {-1, true, nullptr, nullptr};
-  if (pos >= start) return in_chunk(c, w, pos - start);
-  return {pos, true, rows + (slot - first) * D, rows + (slot - first) * D};
-}
-DEVICE Token in_sinks(const Call& c, const Rows& w, int i) {
-  const int start = int(w.start);
-  if (i >= min(c.sinks, start + c.tokens)) return {-1, false, nullptr, nullptr};
-  if (i >= start) return in_chunk(c, w, i - start);
-  const i64 at = ((i64(w.b) * c.heads + w.h) * c.sinks + i) * D;
-  return {i, false, c.sink_k + at, c.sink_v + at};
+// 16 tokens side by side: of the ring or of the sinks, from slot `first` on, and where copies of them lie
+struct Tile {
+  int first;
+  bool ring;
+  const u16 *keys, *values;
+};
+DEVICE Token token_in(const Call& c, const Rows& w, const Tile& tile, int i) {
+  const int slot = tile.first + i, start = int(w.start);
+  const int pos = tile.ring ? w.newest - w.turn + slot - (slot > w.turn ? c.slots : 0) : slot;
+  const bool none = tile.ring ? slot >= c.slots || pos < c.sinks : slot >= min(c.sinks, w.newest + 1);
+  if (none || pos < 0) return {-1, tile.ring, nullptr, nullptr};
+  if (pos < start) return {pos, tile.ring, tile.keys + i * D, tile.values + i * D};
+  i = pos - start;
+  return {pos, false, c.k + w.b * c.k_b + w.h * c.k_h + i * c.k_n, c.v + w.b * c.v_b + w.h * c.v_h + i * c.v_n};
 }
 DEVICE bool reads(const Call& c, const Rows& w, const Token& j, int t) {
-  const bool near = !j.ring || j.pos > t - c.ring || j.pos >= int(w.start) / P * P;
+  const bool near = !j.ring || j.pos > t - c.ring || j.pos >= (int(w.start) & -P);
   return j.pos >= 0 && j.pos <= t && near && (!c.window || t - j.pos < c.window);
 }
 // whether any row does: of a token before the chunk the first row does if any
@@ -80,16 +76,25 @@ DEVICE bool odd_half(u32 x) {  // a 16-bit float that is not finite
   return (x & e) == e || (x >> 16 & e) == e;
 }
 
-// Weights of the tokens at[n] for the rows, and the values' product. PLAIN: every row reads all 16.
-template <bool PLAIN, class TokenOf>
-DEVICE void exact_values(const Call& c, const Rows& w, const ExactQuery& q, const u16* const (&value)[4], TokenOf token_of,
-                         int lane, const float (&logits)[TALL][2][4], Softmax& soft) {
+// Weights of the tile's tokens for the rows, and the values' product. plain: every row reads all 16.
+DEVICE void exact_values(const Call& c, const Rows& w, const ExactQuery& q, const Tile& tile, bool plain, int lane,
+                         const float (&logits)[TALL][2][4], Softmax& soft) {
   const int g = lane >> 2, t = lane & 3;
-  bool odd = false;
-  Token at[4];
+  const u16* value[4];  // of the tokens that this lane multiplies
+  bool seen[TILES][4];  // by row g
 #pragma unroll
-  for (int n = 0; n < 4; n++)
-    if (!PLAIN) at[n] = token_of(n / 2 * 8 + 2 * t + n % 2);
+  for (int n = 0; n < 4; n++) {
+    const int i = n / 2 * 8 + 2 * t + n % 2;
+    value[n] = tile.values + i * D;
+#pragma unroll
+    for (int m = 0; m < TILES; m++) seen[m][n] = true;
+    if (plain) continue;
+    const Token j = token_in(c, w, tile, i);
+    value[n] = read_at_all(c, w, j) ? j.v : nullptr;  // what no row reads must not be touched: it may be a NaN
+#pragma unroll
+    for (int m = 0; m < TILES; m++) seen[m][n] = reads(c, w, j, q.pos[m]);
+  }
+  bool odd = false;
   uint4 v[NV][4];
 #pragma unroll
   for (int n = 0; n < 4; n++)
@@ -98,16 +103,16 @@ DEVICE void exact_values(const Call& c, const Rows& w, const ExactQuery& q, cons
       const int octet = value_octet(i, g);
       v[i][n] = make_uint4(0, 0, 0, 0);
       if (octet < OCTETS && value[n]) v[i][n] = *(const uint4*)(value[n] + octet * 8);
-      if (!PLAIN && MANY) odd |= odd_half(v[i][n].x) | odd_half(v[i][n].y) | odd_half(v[i][n].z) | odd_half(v[i][n].w);
+      if (MANY) odd |= odd_half(v[i][n].x) | odd_half(v[i][n].y) | odd_half(v[i][n].z) | odd_half(v[i][n].w);
     }
-  if (!PLAIN && MANY) odd = __any_sync(~0u, odd);
+  if (MANY) odd = __any_sync(~0u, odd && !plain);
 #pragma unroll
   for (int m = 0; m < TALL; m++) {
     float p[2][4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int tile = 2 * m + half;
-      if (tile >= TILES) {
+      const int rows = 2 * m + half;
+      if (rows >= TILES) {
 #pragma unroll
         for (int n = 0; n < 4; n++) p[half][n] = 0;
         continue;
@@ -116,27 +121,27 @@ DEVICE void exact_values(const Call& c, const Rows& w, const ExactQuery& q, cons
 #pragma unroll
       for (int n = 0; n < 4; n++) {
         const float z = capped(c, logits[m][n / 2][2 * half + (n & 1)] * c.scale);
-        p[half][n] = PLAIN || reads(c, w, at[n], q.pos[tile]) ? z : NEG;
+        p[half][n] = seen[rows][n] ? z : NEG;
         top = fmaxf(top, p[half][n]);
       }
-      const float base = soft.raise(tile, max4(top));
+      const float base = soft.raise(rows, max4(top));
 #pragma unroll
-      for (int n = 0; n < 4; n++) p[half][n] = exp2_(p[half][n] - base), soft.sum[tile] += p[half][n];
+      for (int n = 0; n < 4; n++) p[half][n] = exp2_(p[half][n] - base), soft.sum[rows] += p[half][n];
     }
-    if (!PLAIN && MANY && odd) {  // some rows may not read a value that is not finite: 0·NaN is NaN, so add token by token
+    if (MANY && odd) {  // some rows may not read a value that is not finite: 0·NaN is NaN, so add token by token
       for (int from = 0; from < 16; from++) {
-        const Token j = token_of(from);
+        const Token j = token_in(c, w, tile, from);
         const int n = from / 8 * 2 + (from & 1), source = (lane & ~3) + (from & 7) / 2;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const float own = n == 0 ? p[half][0] : n == 1 ? p[half][1] : n == 2 ? p[half][2] : p[half][3];
           const float weight = __shfl_sync(~0u, own, source);
-          const int tile = 2 * m + half;
-          if (tile >= TILES || !reads(c, w, j, q.pos[tile < TILES ? tile : 0])) continue;
+          const int rows = 2 * m + half;
+          if (rows >= TILES || !reads(c, w, j, q.pos[rows < TILES ? rows : 0])) continue;
 #pragma unroll
           for (int i = 0; i < 16 * NV; i++) {
             const int octet = value_octet(i / 16, 2 * t + i % 2);
-            if (octet < OCTETS) soft.out[tile < TILES ? tile : 0][i / 2][i % 2] += weight * wide(j.v[octet * 8 + i / 2 % 8]);
+            if (octet < OCTETS) soft.out[rows < TILES ? rows : 0][i / 2][i % 2] += weight * wide(j.v[octet * 8 + i / 2 % 8]);
           }
         }
       }
@@ -160,20 +165,4 @@ DEVICE void exact_values(const Call& c, const Rows& w, const ExactQuery& q, cons
       }
     }
   }
-}
-
-// a tile some of whose tokens some rows do not read
-template <class TokenOf>
-DEVICE void exact_some(const Call& c, const Rows& w, const ExactQuery& q, TokenOf token_of, int lane, Softmax& soft) {
-  const int g = lane >> 2, t = lane & 3;
-  const u16* const key[2] = {token_of(g).k, token_of(8 + g).k};
-  float logits[TALL][2][4];
-  exact_logits(q, key, lane, logits);
-  const u16* value[4];
-#pragma unroll
-  for (int n = 0; n < 4; n++) {
-    const Token j = token_of(n / 2 * 8 + 2 * t + n % 2);
-    value[n] = read_at_all(c, w, j) ? j.v : nullptr;  // what no row reads must not be touched: it may be a NaN
-  }
-  exact_values<false>(c, w, q, value, token_of, lane, logits, soft);
 }

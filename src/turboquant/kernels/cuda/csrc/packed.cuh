@@ -10,8 +10,10 @@ struct Scratch {  // of a warp, in shared memory
   float key_scale[P], value_scale[P];
   u32 hot[P][HW];                 // hot codes by token
   float row[R][4];                // scale of the quantized query, bias, scale of its hot part
-  alignas(16) u32 query[R][QW];    // by octet: hi bytes of four channels, lo bytes, hi, lo
-  u8 hot_hi[R][16], hot_lo[R][16];
+  struct alignas(16) Turned {      // the quantized query; what is not written stays zero
+    u32 query[R][QW];              // by octet: hi bytes of four channels, lo bytes, hi, lo
+    u8 hot_hi[R][16], hot_lo[R][16];
+  } turned;
   i64 bar[BUFFERS];
 };
 
@@ -133,7 +135,7 @@ DEVICE void turn_query(const Call& c, const u16* from, const u8* page, Scratch& 
     for (int i = 0; i < E; i += 4) {
       u32 hi, lo;
       split4(fmaf(y[i], up, MAGIC), fmaf(y[i + 1], up, MAGIC), fmaf(y[i + 2], up, MAGIC), fmaf(y[i + 3], up, MAGIC), hi, lo);
-      *(uint2*)(x.query[r] + query_word(row_channel(i, lane))) = make_uint2(hi, lo);
+      *(uint2*)(x.turned.query[r] + query_word(row_channel(i, lane))) = make_uint2(hi, lo);
     }
   } else {
 #pragma unroll
@@ -141,7 +143,7 @@ DEVICE void turn_query(const Call& c, const u16* from, const u8* page, Scratch& 
       u32 hi, lo;
       split4(fmaf(y[i], up, MAGIC), fmaf(y[i + 1], up, MAGIC), 0, 0, hi, lo);
       const int ch = row_channel(i, lane);
-      u16* to = (u16*)(x.query[r] + query_word(ch)) + ch % 4 / 2;
+      u16* to = (u16*)(x.turned.query[r] + query_word(ch)) + ch % 4 / 2;
       to[0] = u16(hi), to[2] = u16(lo);
     }
   }
@@ -169,7 +171,7 @@ DEVICE void turn_query(const Call& c, const u16* from, const u8* page, Scratch& 
     u32 hi, lo;
     split4(fmaf(z[i], hot_up, MAGIC), 0, 0, 0, hi, lo);
     const int h = i * LANES + u;
-    if (h < HOT) x.hot_hi[r][h] = u8(hi), x.hot_lo[r][h] = u8(lo);
+    if (h < HOT) x.turned.hot_hi[r][h] = u8(hi), x.turned.hot_lo[r][h] = u8(lo);
   }
   if (u == 0) *(float4*)x.row[r] = make_float4(top * (c.scale / TOP), bias * c.scale, hot_top * (c.scale / TOP), 0);
 }
@@ -193,7 +195,7 @@ DEVICE float query_bytes(const Scratch& x, int m, int g, int t, u32 (&a)[KS][4])
   int high = 0, low = 0;
 #pragma unroll
   for (int s = 0; s < KS; s++) {
-    const uint4 q = *(const uint4*)(x.query[r] + (s * 4 + t) * 4);
+    const uint4 q = *(const uint4*)(x.turned.query[r] + (s * 4 + t) * 4);
     if (KEY_BITS == 2) {  // bytes of channels as an octet's nibbles have them
       a[s][0] = prmt(q.x, q.z, 0x6420), a[s][1] = prmt(q.y, q.w, 0x6420);
       a[s][2] = prmt(q.x, q.z, 0x7531), a[s][3] = prmt(q.y, q.w, 0x7531);
@@ -216,7 +218,7 @@ DEVICE void logits_of(const Tables& tables, const u8* page, const Scratch& x, in
   for (int m = 0; m < TILES; m++) {
     const int r = m * ROWS + g % ROWS;
     excess[m] = query_bytes(x, m, g, t, a[m]);
-    hot[m][0] = *(const u32*)(x.hot_hi[r] + 4 * t), hot[m][1] = *(const u32*)(x.hot_lo[r] + 4 * t);
+    hot[m][0] = *(const u32*)(x.turned.hot_hi[r] + 4 * t), hot[m][1] = *(const u32*)(x.turned.hot_lo[r] + 4 * t);
     
     row[m] = *(const float4*)x.row[r];
     excess[m] *= row[m].x;

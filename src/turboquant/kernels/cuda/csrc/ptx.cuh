@@ -29,6 +29,11 @@ DEVICE void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+DEVICE void start_next() {  // lets such a kernel start
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 template <class T> DEVICE T uniform(T x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that lanes agree
 DEVICE u32 two_16(float lo, float hi) {  // a pair in the model's dtype
   u32 d;

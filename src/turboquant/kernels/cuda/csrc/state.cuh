@@ -10,15 +10,16 @@ struct Call {  // mirrored by `_Call` in attention.py
   const float* sink_logits;
   u16* out;
   float *part, *top;  // (slots, 2, R, D) and (slots, 2, R, 2): weighted values; maximum and sum
-  i64* plan;          // (batch + 1, 2): items before a sequence, items of one of its KV heads; all items
+  int* plan;          // (batch + 1, 2): units of work before a sequence, of one of its KV heads; all units
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
   int pool, width, batch, heads, group, tokens, ring, slots, sinks, window, exact, warps;
   float scale, cap;  // logits in powers of two
 };
 
-struct Span {  // a sequence's share of the work: c.exact tiles of 16 tokens, then pages from `first` on
+// Work is measured in units: a tile of 16 tokens is TILE_UNITS, a page PAGE_UNITS.
+struct Span {  // a sequence's share: c.exact tiles of 16 tokens, then pages from `first` on
   i64 start;
-  int first, last, items;
+  int first, last, units;
 };
 DEVICE Span span_of(const Call& c, int b) {
   const i64 start = c.length[b];
@@ -31,28 +32,26 @@ DEVICE Span span_of(const Call& c, int b) {
   const int first = behind > 0 ? int(behind / P) & ~7 : 0;
   int pages = last > first ? int(last) - first : 0;
   const int grain = max(8, 1 << max(0, 28 - __clz(pages | 1)));
-  pages = (pages + grain - 1) / grain * grain;
-  return {start, first, int(last), c.exact + pages};
+  pages = (pages + grain - 1) & -grain;
+  return {start, first, int(last), c.exact * TILE_UNITS + pages * PAGE_UNITS};
 }
 
-// Items of all sequences, in order of batch and head; the same for every block of rows. `before` counts those before b.
+// The work of all sequences, in order of batch and head; the same for every block of rows. `before`: units before b.
 struct Where {
-  int b;
-  i64 before, total;
+  int b, before, total;
 };
-// the sequence that holds item x; one warp. `plan`: write the plan, for the merge
-DEVICE Where locate(const Call& c, i64 x, int lane, bool plan) {
+// the sequence that holds unit x; one warp. `plan`: write the plan, for the merge
+DEVICE Where locate(const Call& c, int x, int lane, bool plan) {
   Where w{0, 0, 0};
   bool found = false;
   for (int base = 0; base < c.batch; base += 32) {
-    const int b = base + lane, items = b < c.batch ? span_of(c, b).items : 0;
-    const i64 own = i64(items) * c.heads;
-    i64 upto = own;
+    const int b = base + lane, units = b < c.batch ? span_of(c, b).units : 0, own = units * c.heads;
+    int upto = own;
     for (int i = 1; i < 32; i <<= 1) {
-      const i64 other = __shfl_up_sync(~0u, upto, i);
+      const int other = __shfl_up_sync(~0u, upto, i);
       if (lane >= i) upto += other;
     }
-    if (plan && b < c.batch) c.plan[2 * b] = w.total + upto - own, c.plan[2 * b + 1] = items;
+    if (plan && b < c.batch) *(int2*)(c.plan + 2 * b) = make_int2(w.total + upto - own, units);
     const u32 hit = __ballot_sync(~0u, w.total + upto > x);
     if (!found && hit) {
       const int at = __ffs(hit) - 1;
@@ -64,10 +63,16 @@ DEVICE Where locate(const Call& c, i64 x, int lane, bool plan) {
   if (plan && lane == 0) c.plan[2 * c.batch] = w.total;
   return {uniform(w.b), uniform(w.before), uniform(w.total)};
 }
+// (a·b - less) / c, in 32 bits where they suffice
+DEVICE int ratio(int a, int b, int c, int less = 0) {
+  const u64 ab = u64(u32(a)) * u32(b) - u32(less);
+  return ab >> 32 ? int(ab / u32(c)) : int(u32(ab) / u32(c));
+}
 
 struct Rows {  // of one work item: the rows r of its tiles are the heads and tokens of one KV head
   int b, h, block, used;
   i64 start;
+  int newest, turn;  // the chunk's last position, and its ring slot
 };
 // row r, of R·block + r of the KV head; rows that are not there repeat the first one
 DEVICE i64 query_at(const Call& c, const Rows& w, int r) {
@@ -120,8 +125,10 @@ struct Softmax {
           const int octet = value_octet(i, 2 * t + e);
           if (octet >= OCTETS) continue;
           float* to = part + r * D + octet * 8;
+          float y[8];
 #pragma unroll
-          for (int n = 0; n < 8; n++) to[channel(packed ? VALUE_BITS : 4, n)] = out[m][8 * i + n][e] + more;
+          for (int n = 0; n < 8; n++) y[channel(packed ? VALUE_BITS : 4, n)] = out[m][8 * i + n][e] + more;
+          ((float4*)to)[0] = make_float4(y[0], y[1], y[2], y[3]), ((float4*)to)[1] = make_float4(y[4], y[5], y[6], y[7]);
         }
       }
     }

@@ -1,6 +1,6 @@
-// What one warp needs: PTX in functions, the macros' derived sizes, copies into shared memory, levels from codes.
+// What one warp needs: the macros' derived sizes, levels from codes.
 #pragma once
-#include "ptx.cuh"
+#include "tensor.cuh"
 // config.cuh, written by attention.py: D, KEY_BITS, VALUE_BITS, HOT, BLOCK (of the rotation), BF16, ROWS (of a tile, 4 or
 // 8), TILES, WARPS, BUFFERS, PAGE_BYTES, VALUE_PART, AT_… offsets of the page, units and tables of levels, SIGN_BITS.
 constexpr int P = 64;                                  // tokens of a page
@@ -16,11 +16,6 @@ constexpr int HW = (HOT + 3) / 4 ? (HOT + 3) / 4 : 1;  // words of hot codes of 
 constexpr float TOP = 32512.f;                         // 127·256: the largest 16-bit number whose bytes are hi·256 + lo
 constexpr float MAGIC = 12583040.f;                    // 1.5·2^23 + 128: adding it leaves round(x) + 128 in the low bits
 
-DEVICE float reciprocal(float x) {  // 0 for what is too small to be told from 0
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return x > 1e-30f ? y : 0.f;
-}
 DEVICE float max4(float x) {  // over the four lanes of a row of an accumulator
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -29,71 +24,6 @@ template <class T> DEVICE T sum4(T x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
 }
-// c (16×8 int) += a (16×32 int8) · b (32×8), b unsigned or signed bytes; the first product of a sum ignores c
-DEVICE void mma_u8(int c[4], const u32 a[4], u32 b0, u32 b1, bool first) {
-#define MMA(TYPE) "mma.sync.aligned.m16n8k32.row.col.s32.s8." TYPE ".s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},"
-#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)
-  if (first)
-    asm(MMA("u8") "{%10,%10,%10,%10};" : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : OPERANDS, "r"(0));
-  else
-    asm(MMA("u8") "{%0,%1,%2,%3};" : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : OPERANDS);
-}
-DEVICE void mma_s8(int c[4], const u32 a[2], u32 b0) {  // with the upper 16 rows of b zero
-  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%7,%7,%7,%7};"
-      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0), "r"(0));
-}
-// c (16×8 fp32) += a (16×16) · b (16×8), 16-bit floats
-DEVICE void mma_16(float c[4], const u32 a[4], u32 b0, u32 b1) {
-#if BF16
-#define TYPES "f32.bf16.bf16.f32"
-#else
-#define TYPES "f32.f16.f16.f32"
-#endif
-  asm("mma.sync.aligned.m16n8k16.row.col." TYPES " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-// ---- copies of 16-byte multiples from global to shared memory, in order; `wait` returns when the n-th has come
-DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
-#if __CUDA_ARCH__ >= 900
-DEVICE void copies_init(i64* bars, int lane) {
-  if (lane < BUFFERS) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(bars + lane)));
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncwarp();
-}
-DEVICE void copy(void* to, const void* from, int bytes, i64* bar, int lane) {
-  if (lane == 0) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(bar))
-                 : "memory");
-  }
-}
-DEVICE void no_copy() {}
-DEVICE void wait(i64* bar, u32 phase) {
-  asm volatile(
-      "{\n.reg .pred p;\nagain: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(
-          shared_address(bar)),
-      "r"(phase)
-      : "memory");
-}
-#else
-DEVICE void copies_init(i64*, int) {}
-DEVICE void copy(void* to, const void* from, int bytes, i64*, int lane) {
-  for (int i = lane * 16; i < bytes; i += 512)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address((u8*)to + i)),
-                 "l"((const u8*)from + i));
-  asm volatile("cp.async.commit_group;");
-}
-DEVICE void no_copy() { asm volatile("cp.async.commit_group;"); }
-DEVICE void wait(i64*, u32) {
-  asm volatile("cp.async.wait_group %0;" ::"n"(BUFFERS - 1) : "memory");
-  __syncwarp();
-}
-#endif
-
 // ---- codes to levels: every level is an int8 times a unit, and comes as the byte level + 128
 struct Tables {  // of four bits, in registers: `zero` is 0, which the compiler must not know
   u32 up0, up1, down0, down1;
@@ -110,7 +40,7 @@ struct Tables {  // of four bits, in registers: `zero` is 0, which the compiler 
     }
   }
 };
-__host__ __device__ constexpr int channel(int bits, int i) { return bits == 2 ? (i < 4 ? 2 * i : 2 * i - 7) : i; }  // of an octet's nibble
+constexpr int channel(int bits, int i) { return bits == 2 ? (i < 4 ? 2 * i : 2 * i - 7) : i; }  // of an octet's nibble
 // an octet's codes as nibbles, nibble i being channel(BITS, i); up to 4 bits
 template <int BITS> DEVICE u32 nibbles(const u8* row, int octet) {
   if constexpr (BITS == 4) return *(const u32*)(row + 4 * octet);
