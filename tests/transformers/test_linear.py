@@ -297,6 +297,8 @@ def test_error_feedback_while_loading(recipe, feedback, saved, tmp_path, ids):
 def test_feedback_refuses(feedback):
     with pytest.raises(FeedbackError, match="feedback="):
         TurboQuantConfig("w4a8", feedback=feedback)
+    with pytest.raises(FeedbackError, match="is for weights, which 'a8kv4' leaves"):
+        TurboQuantConfig("a8kv4", feedback="random")
 
 
 def test_overrides_that_decide_nothing_warn(saved):

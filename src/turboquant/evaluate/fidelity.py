@@ -103,7 +103,7 @@ def fidelity(
         name: of the model, for the rows.
         json: file for the rows, written after every recipe. A rerun with the same settings keeps what is in it.
         progress: called with (recipe, windows done, windows of it).
-        moments: second moments of the inputs of linear layers (`evaluate.linear.collect_moments`): 4-bit weights are
+        moments: second moments of the inputs of linear layers (`evaluate.linear.collect_moments`): weights are
             rounded with error feedback then, and "+feedback" stands behind the recipe's name in the rows.
         chunk: tokens of a forward pass, for the base too; by default PIECE. What fits a GPU's decode kernel (8) is what
             it serves; longer chunks are prompts to the kernels, though every row reads what decode reads.

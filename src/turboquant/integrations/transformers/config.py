@@ -15,7 +15,7 @@ from turboquant.integrations.transformers.attention import NAME
 from turboquant.integrations.transformers.cache import TurboQuantCache
 from turboquant.layers.cache import CacheError
 from turboquant.layers.convert import Plan
-from turboquant.layers.moments import check_feedback
+from turboquant.layers.moments import FeedbackError, check_feedback
 from turboquant.packed.checkpoint import FORMAT, CheckpointError, check_format
 from turboquant.recipe import Recipe, RecipeError, parse_recipe
 
@@ -90,7 +90,7 @@ class TurboQuantConfig(QuantizationConfigMixin):
 
     Raises:
         RecipeError: an unknown recipe, or a pattern that is no regular expression.
-        FeedbackError: feedback that needs a text, or is not known.
+        FeedbackError: feedback that needs a text or is not known, or no weights to round.
         CheckpointError: a format of a newer version, or 1 with output embeddings that are read otherwise now.
     """
 
@@ -118,10 +118,13 @@ class TurboQuantConfig(QuantizationConfigMixin):
         self.overrides = dict(overrides or {})
         self.format = format
         self.feedback = feedback
+        self.plan()
+        asked_for = (self.recipe, *(r for r in self.overrides.values() if r != "none"))
         if feedback is not None:
             check_feedback(feedback)
-        self.plan()
-        for asked in (self.recipe, *(r for r in self.overrides.values() if r != "none")):
+            if not any(parse_recipe(r).weights for r in asked_for):
+                raise FeedbackError(f"feedback={feedback!r} is for weights, which {self.recipe!r} leaves as they are")
+        for asked in asked_for:
             r = parse_recipe(asked)
             if format == 1 and r.weights and r.weights.head and r.activations and r.activations.bits == 8:
                 raise CheckpointError(f"quantization_config: format 1 with {asked}: its output embeddings are not "
