@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from turboquant.maths.codec import decode_keys, encode_keys
 from turboquant.maths.tracker import ChannelStats, ChannelTracker, page_stats
 
 
@@ -151,3 +152,46 @@ def test_one_constant_channel_among_others():
     s = page.scales()
     assert s.isfinite().all() and (s > 0).all() and s[0, 5] < s.median()
     assert 5 not in page.hot(8)[0]
+
+
+def logit_error(page, by, hot):
+    """As docs/maths.md defines it, channel by channel."""
+    k, q = (x.double().sqrt() for x in (page.var, page.power))
+    s = (by.var.double() / by.power.double()) ** 0.25
+    kept = (by.var * by.power).argsort(descending=True)[hot:].tolist()
+    return sum((k[c] / s[c]) ** 2 for c in kept) * sum((q[c] * s[c]) ** 2 for c in kept)
+
+
+@pytest.mark.parametrize("hot", [0, 3])
+def test_misfit_is_what_the_scales_before_a_page_cost(hot):
+    g = torch.Generator().manual_seed(3)
+    before, page = (ChannelStats(*torch.rand(3, 16, generator=g).add(0.05).unbind()) for _ in range(2))
+    tracker = ChannelTracker(0.7, before)
+    tracker.update(page)
+    want = logit_error(page, before, hot) / logit_error(page, page, hot)
+    assert want > 1.3
+    torch.testing.assert_close(
+        ChannelTracker.misfit(before, tracker.state, 0.7, hot).double(), want, rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(ChannelTracker.misfit(before, before, 0.7, hot), torch.tensor(1.0))
+    none = ChannelStats(*torch.zeros(3, 16).unbind())
+    assert ChannelTracker.misfit(none, tracker.state, 0.7, hot) == 1
+
+
+def test_misfit_predicts_the_error_of_coded_pages():
+    """Logits of pages coded with other scales than their own, over those of their own."""
+    g = torch.Generator().manual_seed(4)
+    spread = torch.logspace(-0.4, 0.4, 64)
+    k, q = torch.randn(50, 64, 64, generator=g) * spread, torch.randn(50, 64, 64, generator=g)
+    usable = torch.ones(50, 64, dtype=torch.bool)
+    page = page_stats(k, q.square().mean(1), usable)
+    other = ChannelStats(page.mean, page.var.flip(-1), page.power)
+    error = []
+    for stats in (other, page):
+        coded = decode_keys(encode_keys(k, stats, 4, 0, usable), 4)
+        error.append((q @ (coded - k).mT).square().mean())
+    tracker = ChannelTracker(0.5, other)
+    tracker.update(page)
+    predicted = ChannelTracker.misfit(other, tracker.state, 0.5, 0).mean()
+    assert predicted > 2
+    assert error[0] / error[1] == pytest.approx(float(predicted), rel=0.05)

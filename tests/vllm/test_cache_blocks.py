@@ -1,6 +1,7 @@
 """Pages and tail in vLLM's blocks against our own LayerCache, without an engine: any cut of the prompts, any batch."""
 
 import random
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from turboquant.integrations.vllm.plan import NULL, order, pieces, plan
 from turboquant.integrations.vllm.spec import TailSpec
 from turboquant.integrations.vllm.tail import Tail, expand, pool
 from turboquant.layers.cache import LayerCache
+from turboquant.maths.tracker import ChannelTracker, page_stats
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import parse_recipe
 
@@ -198,6 +200,50 @@ def test_nonfinite_tokens_are_counted_once():
     engine.step([("a", 0, q[:100], k[:100], v[:100])])
     engine.step([("a", 100, q[100:], k[100:], v[100:])])
     assert int(engine.impl.nonfinite) == 1
+
+
+def drifting(seed, at, n=640):
+    """A stream whose keys swap their channels' variances at a token."""
+    q, k, v = stream(n, seed)
+    k[at:] = k[at:].flip(-1)
+    return q, k, v
+
+
+def drifted(recipe, q, k):
+    """Pages of a KV head whose logits err twice as much with the scales before them as with their own, from scratch."""
+    kv, size = recipe, recipe.page
+    alarms = 0
+    for h in range(H):
+        tracker = ChannelTracker(kv.decay)
+        for first in range(0, len(k) // size * size, size):
+            rows = k[first : first + size, h]
+            readers = q[first + 7 : first + size : 8, h * G : (h + 1) * G]
+            usable = torch.arange(first, first + size) >= kv.sinks
+            page = page_stats(rows, readers.square().mean((0, 1)), usable)
+            if tracker.state is not None:
+                hot = kv.hot_channels(D)
+                alarms += int(page.logit_error(tracker.state, hot) >= 2 * page.logit_error(page, hot))
+            tracker.update(page)
+    return alarms
+
+
+@pytest.mark.parametrize("cuts", [(640,), (30, 70, 200, 513, 640), tuple(range(1, 641, 3))])
+def test_drift_alarms(cuts):
+    """None while the keys stay as they are; every page from a change until the tracker has followed; no matter how
+    the tokens come. Recipes without a tracker have none."""
+    cuts = [0, *cuts, 640] if cuts[-1] != 640 else [0, *cuts]
+    streams = {"a": stream(640, 21), "b": drifting(21, 320), "c": drifting(22, 320)}
+    engine, plain = Engine("kv4"), Engine("plain4")
+    for start, end in pairwise(cuts):
+        engine.step([("a", start, *(x[start:end] for x in streams["a"]))])
+    assert int(engine.impl.alarms) == 0
+    for start, end in pairwise(cuts):
+        work = [(name, start, *(x[start:end] for x in streams[name])) for name in ("b", "c")]
+        engine.step(work)
+        plain.step(work)
+    want = sum(drifted(engine.layout.kv, *streams[name][:2]) for name in ("b", "c"))
+    assert int(engine.impl.alarms) == want >= 4 * H
+    assert int(plain.impl.alarms) == 0
 
 
 @pytest.mark.parametrize(

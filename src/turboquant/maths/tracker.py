@@ -57,6 +57,16 @@ class ChannelStats:
         order = torch.argsort(importance, dim=-1, descending=True, stable=True)
         return order[..., :count].sort(-1).values
 
+    def logit_error(self, by: "ChannelStats", hot: int) -> Tensor:
+        """What the logit error of keys of these statistics is proportional to (docs/maths.md, 3 and 4): (...,).
+
+        Args:
+            by: the statistics whose scales and `hot` hot channels they are coded with; their own give the least error.
+        """
+        keep = torch.ones_like(self.var).scatter(-1, by.hot(hot), 0.0)
+        s, k, q = by.scales(), self.sigma_key(), self.sigma_query()
+        return ((k / s).square() * keep).sum(-1) * ((q * s).square() * keep).sum(-1)
+
 
 def _floored_root(x: Tensor) -> Tensor:
     return root(x.clamp_min(0).add(1e-8 * x.amax(-1, keepdim=True) + _TINY))
@@ -114,6 +124,17 @@ class ChannelTracker:
         shift = (page.mean - self.state.mean) / sigma
         ratio = 2 * (page.sigma_key() / sigma).log()
         return (shift.square() + ratio.square()).mean(-1).sqrt()
+
+    @staticmethod
+    def misfit(before: ChannelStats, after: ChannelStats, decay: float, hot: int) -> Tensor:
+        """How many times larger the logit error of the page between two states is with the scales and hot channels of
+        the state before it than with its own: (...,), 1 where nothing was known before.
+
+        Means do not count: a page is coded around its own.
+        """
+        page = after.blend(before, -decay / (1 - decay))  # what `update` mixed in
+        ratio = page.logit_error(before, hot) / page.logit_error(page, hot)
+        return torch.where(before.var.amax(-1) > 0, ratio, 1.0)
 
     @staticmethod
     def merge(a: ChannelStats, b: ChannelStats, weight_a: float, weight_b: float) -> ChannelStats:

@@ -101,6 +101,7 @@ def rows() -> list[metrics.Row]:
         ("cache_bits", {"part": "values"}, sum(p.value_bits for p in pages) / len(pages)),
         ("cache_bytes_per_token", {}, sum(i.num_kv_heads * i.layout.row / i.layout.kv.page for i in impls)),
         ("nonfinite_tokens", {}, max(int(i.nonfinite) for i in impls)),
+        *(("drift_alarms", {"of": "cache", "layer": i.prefix}, int(i.alarms)) for i in impls),
     ]
     for op in ops.OPS:
         kernels = {

@@ -234,9 +234,9 @@ def rows() -> list[metrics.Row]:
     if packed:
         size = sum(p.nbytes for p in packed)
         out += [("weight_bytes", {}, size), ("weight_bits", {}, 8 * size / sum(math.prod(p.shape) for p in packed))]
-    if any(s.tracked for _, s in found):
-        out.append(("drift_alarms", {"of": "activations"}, sum({id(m): m.changes for m, _ in found}.values())))
     for m, s in found:
+        if s.tracked:
+            out.append(("drift_alarms", {"of": "activations", "layer": m.key}, m.changes))
         scale = getattr(s.module, f"{s.name}_scale", None)  # codes may wait on the host
         device = (getattr(s.module, s.name) if scale is None else scale).device
         kernel = ops.explain_linear(s.spec(m.dtype), device)[-1]["kernel"]

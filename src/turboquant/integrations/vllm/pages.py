@@ -24,7 +24,10 @@ from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.plan import NULL, Call
 from turboquant.integrations.vllm.tail import Tail, expand, layouts, pool
 from turboquant.kernels import ops
+from turboquant.maths.tracker import ChannelStats, ChannelTracker
+from turboquant.packed.buffers import STATES, CacheBuffers
 
+DRIFT = 2.0  # times the logit error of a page's own scales, from which the scales before it are an alarm
 TAIL = ".tail"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,6 +37,8 @@ class TurboQuantImpl(AttentionImpl):
 
     Attributes:
         nonfinite: () int64, tokens that arrived with a NaN or an infinity.
+        alarms: () int64, pages of a KV head that drifted: coded with the statistics before them, their logits would
+            err DRIFT times as much as with their own (`ChannelTracker.misfit`).
     """
 
     def __init__(self, layer: Any, was: Any, prefix: str, layout: BlockLayout, tail: Tail) -> None:
@@ -43,7 +48,7 @@ class TurboQuantImpl(AttentionImpl):
         self.sinks: Tensor | None = was.sinks if layer.has_sink else None
         self.kv_cache_dtype = layer.kv_cache_dtype
         self.prefix, self.layout, self.tail = prefix, layout, tail
-        self.nonfinite = torch.zeros((), dtype=torch.int64)
+        self.nonfinite, self.alarms = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
 
     def forward(
         self,
@@ -94,7 +99,18 @@ class TurboQuantImpl(AttentionImpl):
             self.tail.scatter(call, buf, k, v)
             self.nonfinite = self.nonfinite.to(buf.nonfinite.device) + buf.nonfinite.sum()
             buf.nonfinite.zero_()
+            self._watch(call, buf)
             output[call.tokens] = out.transpose(1, 2).to(output.dtype)
+
+    def _watch(self, call: Call, buf: CacheBuffers) -> None:
+        """Count the pages that a call has completed and that drifted."""
+        row, slot, _ = call.states
+        kv = self.layout.kv
+        if kv.codec != "live" or not len(row):
+            return
+        before, after = (ChannelStats.unstack(buf.tracker[row, s]) for s in ((slot - 1) % STATES, slot))
+        misfit = ChannelTracker.misfit(before, after, kv.decay, kv.hot_channels(self.layout.head_dim))
+        self.alarms = self.alarms.to(misfit.device) + (misfit >= DRIFT).sum()
 
     def _calls(self) -> Any:
         metadata = get_forward_context().attn_metadata
