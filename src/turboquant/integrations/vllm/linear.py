@@ -22,7 +22,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from turboquant.integrations.vllm import metrics
-from turboquant.integrations.vllm.loading import Reader
+from turboquant.integrations.vllm.loading import Reader, tracker_tensor
 from turboquant.kernels import ops
 from turboquant.layers.slot import Slot
 from turboquant.packed.checkpoint import CheckpointError
@@ -90,7 +90,9 @@ class TurboQuantLinearMethod(LinearMethodBase):
         n, k, loader = sum(output_partition_sizes), input_size_per_partition, extra["weight_loader"]
         self.outputs, self.shard, self.dtype = n, (0, n), params_dtype
         if self.packed and k != input_size:
-            n, k = self._split(layer, n, k, input_size)
+            n, k, self.gathers = split(self.prefix, self.recipe, n, k, input_size, layer.tp_size)
+            if self.gathers:
+                self.shard = (layer.tp_rank * n, n)
         if self.recipe.weights is not None:
             try:
                 self.recipe.weights.group_of(k)
@@ -110,43 +112,12 @@ class TurboQuantLinearMethod(LinearMethodBase):
                 dims = {"output_dim": at, "input_dim": at if self.gathers else len(shape) - 1}
                 self._read(layer, Reader(where, shape, dtype, loader, dims, dtype), name)
             else:
-                layer.register_parameter(name, self._tracker(name, shape, dtype))
-
-    def _split(self, layer: Any, n: int, k: int, width: int) -> tuple[int, int]:
-        """(N, K) of this rank's part of a packed weight whose inputs are spread over the ranks."""
-        assert self.recipe.weights is not None
-        group, ranks = self.recipe.weights.group_of(width), layer.tp_size
-        if self.recipe.activations is None and k % group == 0 and k % 8 == 0:
-            return n, k
-        if n % ranks:
-            kind = "rotated in blocks that" if self.recipe.activations else f"in groups of {group} that"
-            raise RecipeError(
-                f"{self.prefix}: {width} packed inputs over {ranks} ranks are {k} each, {kind} do not fit, and "
-                f"its {n} outputs are not a multiple of {ranks} either; serve the unpacked checkpoint, or choose a "
-                f"--tensor-parallel-size that divides {n}"
-            )
-        self.gathers = True
-        self.shard = (layer.tp_rank * (n // ranks), n // ranks)
-        return n // ranks, width
+                self.trackers[name] = []
+                layer.register_parameter(name, tracker_tensor(where, shape, dtype, self.trackers[name]))
 
     def _read(self, layer: Any, reader: Reader, name: str) -> None:
         self.readers[name] = reader
         layer.register_parameter(name, reader.parameter)
-
-    def _tracker(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.nn.Parameter:
-        """A tensor of the tracker; it is not sharded, and a fused layer's comes with each part (see `_ready`)."""
-        out = torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
-        self.trackers[name] = []
-
-        def load(param: Tensor, loaded: Tensor, *shard: Any) -> None:
-            if loaded.shape != param.shape or loaded.dtype != param.dtype:
-                raise CheckpointError(
-                    f"{self.prefix}.{name}: {list(loaded.shape)} in the checkpoint, not {list(shape)}"
-                )
-            self.trackers[name].append(loaded)
-
-        out.weight_loader = load  # type: ignore[attr-defined]
-        return out
 
     def _pack(self, layer: Any, w: Tensor) -> None:
         """The whole float weight of this rank (N, K) has come."""
@@ -242,6 +213,29 @@ def rows() -> list[metrics.Row]:
         kernel = ops.explain_linear(s.spec(m.dtype), device)[-1]["kernel"]
         out.append(("kernel_info", {"op": "linear", "kernel": kernel}, 1.0))
     return list({(name, *labels.items()): (name, labels, value) for name, labels, value in out}.values())
+
+
+def split(prefix: str, recipe: Recipe, n: int, k: int, width: int, ranks: int) -> tuple[int, int, bool]:
+    """What a rank holds of a packed weight (n, width) whose inputs are spread over `ranks`, k to each.
+
+    Returns:
+        (N, K) of its part, and whether it keeps all inputs, for a part of the outputs, and gathers them.
+
+    Raises:
+        RecipeError: neither inputs nor outputs can be split.
+    """
+    assert recipe.weights is not None
+    group = recipe.weights.group_of(width)
+    if recipe.activations is None and k % group == 0 and k % 8 == 0:
+        return n, k, False
+    if n % ranks:
+        kind = "rotated in blocks that" if recipe.activations else f"in groups of {group} that"
+        raise RecipeError(
+            f"{prefix}: {width} packed inputs over {ranks} ranks are {k} each, {kind} do not fit, and its {n} outputs "
+            f"are not a multiple of {ranks} either; serve the unpacked checkpoint, or choose a --tensor-parallel-size "
+            f"that divides {n}"
+        )
+    return n // ranks, width, True
 
 
 def _would_fit(width: int, part: int) -> str:

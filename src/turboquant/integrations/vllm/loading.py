@@ -110,3 +110,55 @@ class Reader:
         if self.full is not None:
             self.target = None
             self.full(whole.data)
+
+
+def tracker_tensor(where: str, shape: tuple[int, ...], dtype: torch.dtype, parts: list[Tensor]) -> nn.Parameter:
+    """A parameter in whose place a checkpoint's tensors of a tracker are collected in `parts`: it is not sharded, and
+    a fused layer's comes with each part.
+
+    Its loader raises CheckpointError: another shape or dtype.
+    """
+    out = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+
+    def load(param: Tensor, loaded_weight: Tensor, *shard: Any, **of: Any) -> bool:
+        if loaded_weight.shape != param.shape or loaded_weight.dtype != param.dtype:
+            raise CheckpointError(f"{where}: {list(loaded_weight.shape)} in the checkpoint, not {list(shape)}")
+        parts.append(loaded_weight)
+        return True
+
+    out.weight_loader = load  # type: ignore[attr-defined]
+    return out
+
+
+class StackLoader:
+    """Brings one product of all experts, stacked as transformers has them, to this rank.
+
+    vLLM hands the codes (E, S, N, K/2) over whole and everything else expert by expert; of gate and up, which are one
+    stack, first the gate's rows and then those of up, which it has cut only where it goes expert by expert.
+
+    Args:
+        axis: that is split over the ranks, -2 outputs or -1 inputs.
+        rank, ranks: which part is here.
+        local: (experts,) index of each here, -1 elsewhere; None where all are.
+    """
+
+    def __init__(self, axis: int, rank: int, ranks: int, local: Tensor | None) -> None:
+        self.axis, self.rank, self.ranks, self.local = axis, rank, ranks, local
+
+    def __call__(self, target: Tensor, loaded: Tensor, *, shard_id: str, expert_id: int, **_: Any) -> bool:
+        """vLLM's weight loader. Raises RuntimeError, IndexError: something of another shape."""
+        half = {"w1": 0, "w3": 1}.get(shard_id)
+        whole = loaded.dim() == target.dim()
+        if half is not None:
+            target = target.chunk(2, -2)[half]
+            loaded = loaded.chunk(2, -2)[half] if whole else loaded
+        for e, x in enumerate(loaded) if whole else [(expert_id, loaded)]:
+            at = e if self.local is None else int(self.local[e])
+            if at < 0:
+                continue
+            size = x.shape[self.axis] // self.ranks
+            part = x.narrow(self.axis, self.rank * size, size)
+            if part.shape != target[at].shape or size * self.ranks != x.shape[self.axis]:
+                raise RuntimeError(f"expert {e}: {list(x.shape)} over {self.ranks} ranks")
+            target[at].copy_(part)
+        return True

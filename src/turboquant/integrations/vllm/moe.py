@@ -1,6 +1,6 @@
-"""Mixtures of experts in vLLM: the two stacks of a layer as slots, packed while they are read.
+"""Mixtures of experts in vLLM: the two stacks of a layer as slots, packed while they are read, or read packed.
 
-Experts run one after another; which ones is known on the host only, so no CUDA graph can hold them. What cannot be
+Stacks that split their inputs over ranks are treated as linear layers are (linear.py). Experts run one after another; which ones is known on the host only, so no CUDA graph can hold them. What cannot be
 served is refused when the layer is made, never left unquantized.
 """
 
@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 from vllm.platforms import current_platform
 
 from turboquant.integrations.vllm import metrics
-from turboquant.integrations.vllm.linear import _METHODS, dummy_weights, enlist, live
-from turboquant.integrations.vllm.loading import Reader
+from turboquant.integrations.vllm.linear import _METHODS, dummy_weights, enlist, live, split
+from turboquant.integrations.vllm.loading import Reader, StackLoader, tracker_tensor
 from turboquant.layers.slot import Slot
+from turboquant.packed.checkpoint import CheckpointError
 from turboquant.recipe import Recipe, RecipeError
 
 SERVED = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)  # between the products, gate first
@@ -28,7 +30,7 @@ class TurboQuantMoEMethod(FusedMoEMethodBase):
     Args:
         prefix: name of the layer.
         recipe: its linear part counts.
-        packed: whether the checkpoint holds packed weights, which is refused.
+        packed: whether the checkpoint holds packed weights.
         moe: vLLM's FusedMoEConfig.
 
     Raises:
@@ -40,20 +42,21 @@ class TurboQuantMoEMethod(FusedMoEMethodBase):
     def __init__(self, prefix: str, recipe: Recipe, packed: bool, moe: Any) -> None:
         super().__init__(moe)
         self.prefix, self.recipe = prefix, recipe
-        why = self._refusal(packed)
+        self.packed = packed and recipe.weights is not None
+        why = self._refusal()
         if why:
             raise RecipeError(f"{prefix}: {why}; or leave the experts as they are: modules_to_not_convert=['experts']")
         self.key, self.dummy, self.dtype = enlist(self, prefix), dummy_weights(), moe.in_dtype
         self.first: Slot | None = None
         self.second: Slot | None = None
         self.changes = 0  # times the hot channels were chosen anew
+        self.shard: tuple[int, int] | None = None  # outputs of the second product, if it gathers
         self.readers: dict[str, Reader] = {}
+        self.trackers: dict[str, list[Tensor]] = {}
 
-    def _refusal(self, packed: bool) -> str | None:
+    def _refusal(self) -> str | None:
         """Why these experts are not served, None if they are."""
         moe, config = self.moe, get_current_vllm_config_or_none()
-        if packed:
-            return "experts of a packed checkpoint are not loaded in vLLM; serve the unpacked one with this recipe"
         if moe.activation not in SERVED:
             return f"experts with {moe.activation.value} between their products are not served"
         if moe.has_bias or getattr(moe, "swiglu_limit", None) is not None:
@@ -77,18 +80,48 @@ class TurboQuantMoEMethod(FusedMoEMethodBase):
         """
         if layer.apply_router_weight_on_input:
             raise RecipeError(f"{self.prefix}: experts that weigh their input are not served")
+        if self.packed and layer.ckpt_gate_proj_name != "gate_proj":
+            raise RecipeError(
+                f"{self.prefix}: packed experts are stored as gate_up_proj and down_proj, and vLLM looks for "
+                f"{layer.ckpt_gate_proj_name!r} in this model; serve the unpacked checkpoint with this recipe"
+            )
         e, k, inner = num_experts, hidden_size, intermediate_size_per_partition
         loader, self.dtype = extra.pop("weight_loader"), params_dtype
-        for name, shape in {"w13_weight": (e, 2 * inner, k), "w2_weight": (e, k, inner)}.items():
+        self.shapes = {"w13_weight": (e, 2 * inner, k), "w2_weight": (e, k, inner)}
+        axis, parallel = {"w13_weight": -2, "w2_weight": -1}, self.moe.moe_parallel_config
+        if self.packed and parallel.tp_size > 1:
+            width = inner * parallel.tp_size
+            n, kept, gathers = split(f"{self.prefix}.w2_weight", self.recipe, k, inner, width, parallel.tp_size)
+            self.shapes["w2_weight"] = (e, n, kept)
+            if gathers:
+                axis["w2_weight"], self.shard = -2, (parallel.tp_rank * n, n)
+        for name, shape in self.shapes.items():
+            where = f"{self.prefix}.{name}"
             if self.recipe.weights is not None:
                 try:
                     self.recipe.weights.group_of(shape[-1])
                 except RecipeError as error:
-                    raise RecipeError(f"{self.prefix}.{name}: {error}, and this rank has {shape[-1]}") from error
+                    raise RecipeError(f"{where}: {error}, and this rank has {shape[-1]}") from error
+            if self.packed:
+                stack = StackLoader(axis[name], parallel.tp_rank, parallel.tp_size, layer.expert_map)
+                self._read(layer, name, stack)
+                continue
             full = lambda w, name=name: self._pack(layer, name, w)  # noqa: E731
-            reader = Reader(f"{self.prefix}.{name}", shape, params_dtype, loader, extra, None, full)
-            self.readers[name] = reader
-            layer.register_parameter(name, reader.parameter)
+            self._take(layer, name, Reader(where, shape, params_dtype, loader, extra, None, full))
+
+    def _take(self, layer: Any, name: str, reader: Reader) -> None:
+        self.readers[name] = reader
+        layer.register_parameter(name, reader.parameter)
+
+    def _read(self, layer: Any, name: str, stack: StackLoader) -> None:
+        """Parameters for the tensors of a packed stack."""
+        for key, (shape, dtype) in Slot.specs(name, self.shapes[name], self.recipe).items():
+            where = f"{self.prefix}.{key}"
+            if "_x_" in key:
+                self.trackers[key] = []
+                layer.register_parameter(key, tracker_tensor(where, shape, dtype, self.trackers[key]))
+            else:
+                self._take(layer, key, Reader(where, shape, dtype, stack, {}, dtype))
 
     @torch.no_grad()
     def _pack(self, layer: Any, name: str, w: Tensor) -> None:
@@ -98,12 +131,24 @@ class TurboQuantMoEMethod(FusedMoEMethodBase):
             layer.register_parameter(name, torch.nn.Parameter(w, requires_grad=False))
         slot = Slot(layer, name, tuple(w.shape), self.recipe, "meta")
         slot.load(w)
-        if slot.tracked:
-            slot.start()
+        self._ready(name, slot)
+
+    def _ready(self, name: str, slot: Slot) -> None:
         if name == "w13_weight":
             self.first = slot
         else:
             self.second = slot
+        if not slot.tracked:
+            return
+        saved = {key: parts for key, parts in self.trackers.items() if key.startswith(name)}
+        missing = [key for key, parts in saved.items() if not parts]
+        if missing and not self.dummy:
+            raise CheckpointError(f"{self.prefix}.{missing[0]}: the checkpoint has no such tensor")
+        if missing or not saved:
+            slot.start()
+        for key, parts in saved.items():
+            if not missing:  # a stack of gate and up brings it twice
+                setattr(slot.module, key, parts[0].to(getattr(slot.module, name).device, copy=True))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Refuse experts of which something was not in the checkpoint.
@@ -113,7 +158,18 @@ class TurboQuantMoEMethod(FusedMoEMethodBase):
         """
         for reader in self.readers.values():
             reader.finish(self.dummy)
-        self.readers = {}
+        tensors = {key: getattr(layer, key).data for key in self.readers} if self.packed else {}
+        for key in (*tensors, *self.trackers):
+            delattr(layer, key)
+        for name in self.shapes if tensors else ():
+            slot = Slot(layer, name, self.shapes[name], self.recipe, "meta")
+            for key, t in tensors.items():
+                if key.startswith(name):
+                    setattr(layer, key, t)
+            if int(tensors[f"{name}_zero"].max()) > 15:
+                raise CheckpointError(f"{self.prefix}.{name}_zero: zeros above 15 are no packed weight")
+            self._ready(name, slot)
+        self.readers, self.trackers = {}, {}
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: no kernel of vLLM's runs."""
@@ -139,19 +195,25 @@ class TurboQuantMoEMethod(FusedMoEMethodBase):
         metrics.publish(x)
         if local is not None:
             ids = local[ids.long()]
+        chosen = [(e, *torch.where(ids == e)) for e in ids.unique().tolist() if e >= 0]
+        inner = [self._gate(first(x[token], None, e)) for e, token, _ in chosen]
+        if self.shard is not None and inner:
+            whole = tensor_model_parallel_all_gather(torch.cat(inner))
+            inner = list(whole.split([len(i) for i in inner]))
         out = torch.zeros_like(x, dtype=torch.float32)
-        for e in ids.unique().tolist():
-            if e < 0:
-                continue
-            token, place = torch.where(ids == e)
-            up = first(x[token], None, e)
-            inner = up.new_empty(len(token), up.shape[-1] // 2)
-            apply_moe_activation(self.moe.activation, inner, up)
+        begin, count = self.shard or (0, x.shape[-1])
+        for (e, token, place), i in zip(chosen, inner, strict=True):
             if second.tracked and live():
-                self.changes += second.follow(inner)
-            y = second(inner, None, e)
-            out.index_add_(0, token, (y * weights[token, place, None]).float())
+                self.changes += second.follow(i)
+            y = second(i, None, e)
+            out[:, begin : begin + count].index_add_(0, token, (y * weights[token, place, None]).float())
         return out.to(x.dtype)
+
+    def _gate(self, up: Tensor) -> Tensor:
+        """Between the products: (tokens, 2·K) -> (tokens, K)."""
+        inner = up.new_empty(len(up), up.shape[-1] // 2)
+        apply_moe_activation(self.moe.activation, inner, up)
+        return inner
 
 
 @torch.library.custom_op("turboquant::vllm_experts", mutates_args=())
