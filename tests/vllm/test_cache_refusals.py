@@ -17,7 +17,8 @@ def config(**given):
     parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
     scheduler = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
     made = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None, scheduler_config=scheduler)
-    vars(made).update({"speculative_config": None} | given)
+    cache = SimpleNamespace(cache_dtype="auto")
+    vars(made).update({"speculative_config": None, "cache_config": cache} | given)
     return made
 
 
@@ -63,6 +64,7 @@ def test_layers(made, words):
     "given,words",
     [
         ({"kv_transfer_config": object()}, "KV connectors"),
+        ({"cache_config": SimpleNamespace(cache_dtype="turboquant_4bit_nc")}, "turboquant_4bit_nc"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "drafts by 'eagle3'"),
         ({"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}, "hybrid-kv-cache-manager"),
         (

@@ -24,6 +24,7 @@ from turboquant.packed.page import PageLayout
 from turboquant.recipe import KVRecipe, RecipeError
 
 LAYERS = (Attention, MLAAttention)  # what install is to be called for
+DTYPES = ("auto", "bfloat16", "float16")  # of vLLM's cache
 _installed: "weakref.WeakSet[TurboQuantImpl]" = weakref.WeakSet()
 
 
@@ -125,7 +126,7 @@ def refusal(layer: Any, kv: KVRecipe, config: Any) -> str | None:
         return f"{type(layer).__name__} attends in a way of its own"
     if layer.kv_sharing_target_layer_name is not None:
         return f"it reads the cache of {layer.kv_sharing_target_layer_name}"
-    if layer.kv_cache_torch_dtype not in FLOATS or layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+    if layer.kv_cache_torch_dtype not in FLOATS or layer.kv_cache_dtype not in DTYPES:
         return f"kv_cache_dtype={layer.kv_cache_dtype!r} asks for another format; leave it at 'auto'"
     if layer.head_size != layer.head_size_v:
         return f"keys have {layer.head_size} channels and values {layer.head_size_v}"
@@ -145,6 +146,9 @@ def refusal(layer: Any, kv: KVRecipe, config: Any) -> str | None:
 
 
 def _refused_by_config(config: Any) -> str | None:
+    asked = config.cache_config.cache_dtype
+    if asked not in DTYPES:  # vLLM's own of four bits leave some layers out
+        return f"kv_cache_dtype={asked!r} asks for another format; leave it at 'auto'"
     parallel = config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         return "context parallelism splits pages between ranks"

@@ -28,6 +28,7 @@ NAME = "turboquant"
 DEFAULT = "kv4"  # as of TurboQuantConfig for transformers
 FIELDS = ("recipe", "modules_to_not_convert", "overrides", "kv_overrides", "format")
 ROUTERS = ("gate", "router")  # choose experts; they keep their dtype, as in transformers
+WHERE = 'recipes go to --hf-overrides \'{"quantization_config": {"quant_method": "turboquant", "recipe": ...}}\''
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -66,6 +67,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
         for r in (self.recipe, *(parse_recipe(r) for r in self.plan.overrides.values() if r != "none")):
             if r.weights is not None and r.weights.head:
                 raise RecipeError(f"{r.name!r} is not served by vLLM: head=8 (output embeddings); leave it out")
+        metrics.prepare()
 
     @staticmethod
     def get_name() -> Any:
@@ -89,8 +91,18 @@ class TurboQuantVllmConfig(QuantizationConfig):
         unknown = sorted(set(config) - set(FIELDS))
         if unknown:
             raise RecipeError(f"quantization_config: {unknown} not known; allowed are {list(FIELDS)}")
-        metrics.prepare()
         return cls(**config)
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> Any:
+        """None: no checkpoint of another method becomes ours. vLLM shows every configuration here first.
+
+        Raises:
+            RecipeError: one with our fields that does not say whose it is, which vLLM would not use.
+        """
+        if isinstance(hf_quant_cfg, dict) and not hf_quant_cfg.get("quant_method") and "recipe" in hf_quant_cfg:
+            raise RecipeError(f'quantization_config {hf_quant_cfg} needs "quant_method": "{NAME}" to be used')
+        return None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Refuse a folder of packed weights that cannot be read, before anything is made.
@@ -131,10 +143,27 @@ class TurboQuantVllmConfig(QuantizationConfig):
     def _sweep(self) -> None:
         """Some models keep their quantization from their attention layers; those are found as others are asked for."""
         config = get_current_vllm_config_or_none()
+        if config is not None:
+            self._misplaced(config)
         if config is not None and (self.recipe.kv or self.kv_overrides):
             from turboquant.integrations.vllm import attention
 
             attention.sweep(config, self.kv_of)
+
+    def _misplaced(self, config: Any) -> None:
+        """Raises:
+        RecipeError: settings in places that nothing reads.
+        """
+        places = {
+            "--additional-config": getattr(config, "additional_config", None),
+            "--hf-overrides": getattr(config.model_config, "hf_overrides", None),
+        }
+        for place, given in places.items():
+            found = sorted({NAME, *FIELDS} & set(given)) if isinstance(given, dict) else []
+            if found:
+                raise RecipeError(f"{place}: {found} is not read there; {WHERE}")
+        if getattr(self, "online_quantization_config", None) is not None:
+            raise RecipeError(f"--quantization-config is vLLM's own quantization while loading; {WHERE}")
 
     def kv_of(self, prefix: str) -> KVRecipe | None:
         """The recipe of an attention layer's cache, None if it stays vLLM's."""
