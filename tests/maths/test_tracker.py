@@ -170,9 +170,7 @@ def test_misfit_is_what_the_scales_before_a_page_cost(hot):
     tracker.update(page)
     want = logit_error(page, before, hot) / logit_error(page, page, hot)
     assert want > 1.3
-    torch.testing.assert_close(
-        ChannelTracker.misfit(before, tracker.state, 0.7, hot).double(), want, rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(ChannelTracker.misfit(before, tracker.state, 0.7, hot).double(), want, rtol=1e-4, atol=0)
     torch.testing.assert_close(ChannelTracker.misfit(before, before, 0.7, hot), torch.tensor(1.0))
     none = ChannelStats(*torch.zeros(3, 16).unbind())
     assert ChannelTracker.misfit(none, tracker.state, 0.7, hot) == 1

@@ -160,6 +160,16 @@ def tiny_llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def chat_llama(tmp_path_factory, smollm2):
+    """The same with SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("chat")
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return _tiny(folder, "Llama", intermediate_size=256, head_dim=32, attention_bias=True, vocab_size=49152)
+
+
+@pytest.fixture(scope="session")
 def tiny_moe(tmp_path_factory):
     """A random OLMoE of 8 experts, 2 a token."""
     return _tiny(tmp_path_factory.mktemp("olmoe"), "Olmoe", intermediate_size=64, num_experts=8, num_experts_per_tok=2)
@@ -218,7 +228,7 @@ def serve(tmp_path_factory):
     """with serve(*args) as (url, get): `turboquant serve ARGS`, healthy; get(path) -> text."""
 
     @contextmanager
-    def start(*args, env=None, patience=200):
+    def start(*args, env=None, patience=400):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from turboquant.integrations.vllm.loading import StackLoader
+
 IDS = [(i * 7 + 3) % 500 for i in range(160)]
 SKIP, OVERRIDES = ["layers.1.mlp.down_proj"], {"o_proj": "w8"}
 MANY = """
@@ -87,9 +89,9 @@ def cases(engine, packed, tiny_llama, tiny_moe, tmp_path_factory):
         "w8": (tiny_llama, "w8:group=16"),
         "a4": (tiny_llama, "a4"),
         "experts": (tiny_moe, "w4"),
-        "loaded experts": (tiny_moe, "w4a4"),
-        "packed experts": (packed(tiny_moe, "w4a4"), None),
-        "unrotated experts": (packed(tiny_moe, "w8:group=16"), None),
+        "loaded experts": (tiny_moe, "w4a8"),
+        "packed experts": (packed(tiny_moe, "w4a8"), None),
+        "followed experts": (packed(tiny_moe, "w4a4"), None),
     }
     for what in CORRUPT:
         folder = shutil.copytree(packed(tiny_llama, "w8a8"), tmp_path_factory.mktemp("corrupt") / "model")
@@ -138,10 +140,34 @@ def test_experts_give_the_logprobs_of_transformers(cases, tiny_moe, transformers
 
 
 def test_packed_experts_are_what_is_packed_while_loading(cases):
-    """But for their trackers, which are saved as transformers starts them: from the norms before them."""
     loaded, saved = cases["loaded experts"], cases["packed experts"]
-    assert loaded["bytes"] == saved["bytes"] and sum(".experts." in name for name in saved["bytes"]) == 4
-    assert saved["kinds"] == loaded["kinds"] and "TurboQuantMoEMethod" in saved["kinds"]
+    assert all(loaded[key] == saved[key] for key in ("bytes", "tokens", "logprobs", "kinds"))
+    assert sum(".experts." in name for name in saved["bytes"]) == 4 and "TurboQuantMoEMethod" in saved["kinds"]
+    assert "TurboQuantMoEMethod" in cases["followed experts"]["kinds"]  # with trackers
+
+
+def test_a_rank_takes_its_part_of_a_stack_of_experts():
+    """As vLLM hands it over: codes whole, gate and up one after the other; the rest expert by expert."""
+    gate_up, down = torch.randn(4, 2, 12, 8), torch.randn(4, 2, 6, 8)
+    local = torch.tensor([-1, 0, -1, 1])
+    for rank in (0, 1):
+        part, target = slice(3 * rank, 3 * rank + 3), torch.zeros(4, 2, 6, 8)
+        load = StackLoader(-2, rank, 2, None)
+        for half, name in enumerate(("w1", "w3")):
+            load(target, gate_up, shard_id=name, expert_id=half, return_success=True)
+            assert torch.equal(target.chunk(2, 2)[half], gate_up[:, :, 6 * half :][:, :, part])
+        target = torch.zeros(4, 2, 6, 4)
+        StackLoader(-1, rank, 2, None)(target, down, shard_id="w2", expert_id=0)
+        assert torch.equal(target, down[..., 4 * rank : 4 * rank + 4])
+    target = torch.zeros(2, 12, 8)  # scales, of the experts that are here
+    load = StackLoader(-2, 0, 1, local)
+    for e, x in enumerate(gate_up[:, 0]):
+        load(target, x[:6], shard_id="w1", expert_id=e)
+        load(target, x[6:], shard_id="w3", expert_id=e)
+    assert torch.equal(target, gate_up[[1, 3], 0])
+    for wrong in (gate_up[:, :, :10], gate_up[..., :4]):
+        with pytest.raises(RuntimeError, match="over 1 ranks"):
+            StackLoader(-2, 0, 1, None)(torch.zeros(4, 2, 12, 8), wrong, shard_id="w1", expert_id=0)
 
 
 def test_a_tracker_follows_requests_alone(cases):
@@ -168,16 +194,13 @@ def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_m
         close(llm)
         del llm
     """
-    experts = {"model": str(packed(tiny_moe, "w4a4"))}
     both = {
         "saved w8a8": {"model": str(packed(tiny_llama, "w8a8"))},
         "w8": {"model": str(tiny_llama), "recipe": "w8:group=16"},
-        "packed experts": experts,
-        "whole experts": experts | {"enable_expert_parallel": True},
-        "unrotated experts": {"model": str(packed(tiny_moe, "w8:group=16"))},
+        "packed experts": {"model": str(packed(tiny_moe, "w4a8"))},
+        "experts": {"model": str(tiny_moe), "recipe": "w4", "enable_expert_parallel": True},
     }
-    found = engine(code, None, env=env, ids=IDS, cases=list(both.values()))
-    cases["whole experts"] = cases["packed experts"]
+    found = engine(code, None, env=env, timeout=400, ids=IDS, cases=list(both.values()))
     for (many, tokens), name in zip(found, both, strict=True):
         one = cases[name]
         assert rms(many, one["logprobs"]) <= 1e-5 * rms(one["logprobs"], [0.0] * len(many)), name
@@ -210,6 +233,14 @@ def test_what_cannot_be_served_is_refused(engine):
     attempt(lambda: new({"recipe": "w8:head=8"}))
     attempt(lambda: new({"recipe": "w8", "format": 99}))
     attempt(lambda: new({"recipe": "w8", "kv_overrides": {"(": "kv4"}}))
+    attempt(lambda: new.__self__.override_quantization_method({"recipe": "w8", "quant_method": ""}, None))
+    def misplaced(extra={}, overrides={}):
+        new({})._misplaced(
+            SimpleNamespace(additional_config=extra, model_config=SimpleNamespace(hf_overrides=overrides))
+        )
+    attempt(lambda: misplaced({"turboquant": {}}))
+    attempt(lambda: misplaced(overrides={"recipe": "w4"}))
+    attempt(lambda: misplaced(overrides={"quantization_config": {}}))
     attempt(lambda: new({"recipe": "w8", "overrides": {"q_proj": "none"}}).linear_of("model.layers.0.attn.qkv_proj"))
     attempt(layer("a.down_proj", "w4a8", False, 12, 24, 64, 2))
     attempt(layer("a.down_proj", "w4a8", True, 64, 128, 64, 2))
@@ -223,6 +254,10 @@ def test_what_cannot_be_served_is_refused(engine):
         "RecipeError: 'w8:head=8' is not served by vLLM",
         "CheckpointError: quantization_config: format 99",
         "RecipeError: kv_overrides: '(' is no regular",
+        "RecipeError: quantization_config {'recipe': 'w8', 'quant_method': ''} needs",
+        "RecipeError: --additional-config: ['turboquant'] is not read there",
+        "RecipeError: --hf-overrides: ['recipe'] is not read there",
+        "None",
         "RecipeError: model.layers.0.attn.qkv_proj is one layer in vLLM, its parts need one recipe",
         "RecipeError: a.down_proj: a linear layer with 12 inputs cannot be packed: the inputs must be a multiple of 8 "
         "(it has 24 in all, 12 on this rank; [1, 3] ranks would fit)",

@@ -3,10 +3,14 @@
 import asyncio
 import json
 import random
+import shutil
+import time
 import urllib.error
 import urllib.request
 
 import pytest
+
+from turboquant.integrations.vllm.metrics import HELP
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +27,30 @@ def value(get, name):
     lines = [x for x in get("/metrics").splitlines() if x.startswith((name + "{", name + " "))]
     assert lines, name
     return sum(float(x.split()[-1]) for x in lines)
+
+
+def complete(url, prompt, model="smollm2"):
+    """One token after a prompt."""
+    data = json.dumps({"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}).encode()
+    request = urllib.request.Request(f"{url}/v1/completions", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert json.load(answer)["choices"]
+
+
+def reported(url, get, model="smollm2"):
+    """Rows of our metrics, by name, once every step before has been reported."""
+    time.sleep(2.1)  # a worker reports every two seconds, when a step comes
+    complete(url, "And", model)
+    found = {}
+    for line in get("/metrics").splitlines():
+        if line.startswith("turboquant:"):
+            found.setdefault(line.removeprefix("turboquant:").partition("{")[0], []).append(line)
+    return found
+
+
+def alarms(rows, where='of="cache"'):
+    """Drift alarms."""
+    return sum(float(x.split()[-1]) for x in rows["drift_alarms_total"] if where in x)
 
 
 def test_a_chat_streams_through_the_openai_client(server):
@@ -51,6 +79,34 @@ def test_metrics_say_what_runs(server, smollm2):
     assert bits and all(4 < b < 6 for b in bits)
     assert value(get, "turboquant:cache_bytes_per_token") < 30 * 3 * 2 * 64 * 2 / 3  # a third of 16 bit
     assert value(get, "turboquant:nonfinite_tokens_total") == 0
+
+
+def test_drift_alarms_are_raised_by_what_drifts(server, prose):
+    """Prose is one distribution; a word without end is another, and the pages in which it begins are alarms."""
+    url, get = server
+    was = alarms(reported(url, get))
+    complete(url, prose[10000:15000])
+    assert alarms(reported(url, get)) == was
+    complete(url, prose[20000:21500] + " the" * 500)
+    assert alarms(reported(url, get)) > was
+
+
+def test_every_rank_reports_every_metric(serve, chat_llama, prose):
+    """Two API servers (prometheus_client's multiprocess mode) before two ranks."""
+    ranks = ("--tensor-parallel-size", "2", "--api-server-count", "2", "--served-model-name", "tiny")
+    small = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20))
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with serve(str(chat_llama), "--recipe", "w4a4kv4", "--", *ranks, *small, env=env) as (url, get):
+        complete(url, prose[:1500] + " the" * 600, "tiny")
+        rows = reported(url, get, "tiny")
+    names = {name + "_total" * (kind == "counter") for name, (kind, _) in HELP.items()}
+    assert set(rows) - {name.replace("_total", "_created") for name in names} == names
+    for name in names:
+        assert all(any(f'rank="{r}"' in x for x in rows[name]) for r in (0, 1)), rows[name]
+    for rank in ('rank="0"', 'rank="1"'):
+        some = [x for x in rows["drift_alarms_total"] if rank in x]
+        assert sum('of="activations"' in x for x in some) == 8 and sum('of="cache"' in x for x in some) == 2
+        assert alarms({"drift_alarms_total": [x for x in some if 'of="cache"' in x]}) > 0
 
 
 def test_cancelled_requests_leave_no_block_behind(server):
@@ -119,8 +175,6 @@ def test_a_malformed_request_is_answered(server, body, status, says):
 
 
 def test_a_corrupt_checkpoint_stops_the_server(serve, packed, tiny_llama, tmp_path):
-    import shutil
-
     folder = shutil.copytree(packed(tiny_llama, "w8a8"), tmp_path / "model")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])

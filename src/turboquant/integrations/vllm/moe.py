@@ -1,7 +1,8 @@
 """Mixtures of experts in vLLM: the two stacks of a layer as slots, packed while they are read, or read packed.
 
-Stacks that split their inputs over ranks are treated as linear layers are (linear.py). Experts run one after another; which ones is known on the host only, so no CUDA graph can hold them. What cannot be
-served is refused when the layer is made, never left unquantized.
+Stacks that split their inputs over ranks are treated as linear layers are (linear.py). Experts run one after another;
+which ones is known on the host only, so no CUDA graph can hold them. What cannot be served is refused when the layer is
+made, never left unquantized.
 """
 
 from typing import Any
