@@ -1,5 +1,6 @@
 """Linear layers and experts in vLLM against transformers with the same recipe, and against packed checkpoints."""
 
+import gc
 import json
 import shutil
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from turboquant.integrations.vllm.linear import TurboQuantLinearMethod
 from turboquant.integrations.vllm.loading import StackLoader
+from turboquant.recipe import parse_recipe
 
 IDS = [(i * 7 + 3) % 500 for i in range(160)]
 SKIP, OVERRIDES = ["layers.1.mlp.down_proj"], {"o_proj": "w8"}
@@ -180,6 +183,34 @@ def test_a_tracker_follows_requests_alone(cases):
 @pytest.mark.parametrize("what", CORRUPT)
 def test_a_corrupt_checkpoint_is_refused(what, cases):
     assert CORRUPT[what][0] in cases[what]
+
+
+def test_of_one_layer_at_a_time_the_16_bit_weight_exists():
+    """As a checkpoint is read: before its first part comes a weight takes no memory, after its last it is packed."""
+
+    def bf16():
+        some = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]
+        found = {x.data_ptr(): x.nbytes for x in some if x.dtype == torch.bfloat16 and not x.is_meta}
+        return sum(found.values())
+
+    def load(param, loaded, part):
+        param.data[128 * part :][:128].copy_(loaded)
+
+    def made(name):
+        method, layer = TurboQuantLinearMethod(name, parse_recipe("w4a8"), False), torch.nn.Module()
+        method.create_weights(layer, 512, [128, 128], 512, 256, torch.bfloat16, weight_loader=load)
+        return method, layer
+
+    gc.collect()
+    before, sizes = bf16(), []
+    layers = [made(f"layers.{i}") for i in range(6)]
+    assert bf16() == before
+    for _, layer in layers:
+        for part in (0, 1):
+            layer.weight.weight_loader(layer.weight, torch.randn(128, 512).bfloat16(), part)
+            sizes.append(bf16() - before)
+    assert sizes == [256 * 512 * 2, 0] * 6
+    assert all(method.slots[0].packed().shape == (256, 512) for method, _ in layers)
 
 
 def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_moe):
