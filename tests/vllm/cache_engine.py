@@ -68,6 +68,9 @@ def attempt(job):
     try:
         run(job)
     except Exception as error:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()  # for the next engine
         return {"error": f"{type(error).__name__}: {error}"}
     return {"error": None}
 

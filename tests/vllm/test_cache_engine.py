@@ -86,28 +86,44 @@ def same(results, want=None):
         assert r.get("leaked", 0) == 0
 
 
-def test_raw_pages_give_the_tokens_of_plain_vllm(llama, tmp_path):
-    raw = {"model": llama, "recipe": "raw"}
-    plain, default, chunked, uncached, twice, tight, small, large, draft = engines(
-        tmp_path,
-        [
-            {"model": llama, "recipe": None, "tokens": 70},
-            raw,
-            raw | {"settings": CHUNKED},
-            raw | {"settings": {"enable_prefix_caching": False}},
-            raw | {"times": 2, "settings": CHUNKED},
-            raw | {"settings": CHUNKED | {"num_gpu_blocks_override": 40}, "tokens": 70},
-            raw | {"recipe": "raw:page=16,rewind=16"},
-            raw | {"recipe": "raw:page=128,ring=64"},
-            raw | {"settings": SPECULATIVE},
-        ],
-    )
-    assert len({t for p in plain["tokens"] for t in p}) > 20
-    same([plain, default, chunked, uncached, twice, tight, small, large, draft])
-    assert default["cached"][-2:] == [256, 512] and uncached["cached"] == [0] * 6
-    assert twice["cached"] == [(len(p) - 1) // 64 * 64 for p in PROMPTS]
-    assert tight["preemptions"] >= 1 and default["preemptions"] == 0
-    assert sorted(default["groups"]) == [["FullAttentionSpec", 2, 64], ["TailSpec", 2, 32]]
+RAW = {"recipe": "raw"}
+KV4 = {"recipe": "kv4", "tokens": 70}
+TIGHT = CHUNKED | {"num_gpu_blocks_override": 40}
+JOBS = {  # of one model, in one process: starting it costs more than a small engine
+    "plain": {"recipe": None, "tokens": 70},
+    "raw": RAW,
+    "raw chunked": RAW | {"settings": CHUNKED},
+    "raw uncached": RAW | {"settings": {"enable_prefix_caching": False}},
+    "raw twice": RAW | {"times": 2, "settings": CHUNKED},
+    "raw tight": RAW | {"settings": TIGHT, "tokens": 70},
+    "raw small": {"recipe": "raw:page=16,rewind=16"},
+    "raw large": {"recipe": "raw:page=128,ring=64"},
+    "raw draft": RAW | {"settings": SPECULATIVE},
+    "kv4": KV4,
+    "kv4 chunked": KV4 | {"settings": CHUNKED | {"enable_prefix_caching": False}},
+    "kv4 twice": KV4 | {"times": 2, "settings": CHUNKED},
+    "kv4 tight": KV4 | {"settings": TIGHT | {"num_gpu_blocks_override": 90}},
+    "kv4 draft": KV4 | {"settings": SPECULATIVE},
+    "kv4 dense": KV4 | {"settings": {"prefix_cache_retention_interval": None}},
+    "fp8": KV4 | {"settings": {"kv_cache_dtype": "fp8"}, "raises": True},
+    "no hybrid": KV4 | {"settings": {"disable_hybrid_kv_cache_manager": True}, "raises": True},
+}
+
+
+@pytest.fixture(scope="module")
+def ran(llama, tmp_path_factory):
+    """Name -> result of JOBS."""
+    found = engines(tmp_path_factory.mktemp("jobs"), [{"model": llama} | job for job in JOBS.values()])
+    return dict(zip(JOBS, found, strict=True))
+
+
+def test_raw_pages_give_the_tokens_of_plain_vllm(ran):
+    assert len({t for p in ran["plain"]["tokens"] for t in p}) > 20
+    same([ran["plain"], *(r for name, r in ran.items() if name.startswith("raw"))])
+    assert ran["raw"]["cached"][-2:] == [256, 512] and ran["raw uncached"]["cached"] == [0] * 6
+    assert ran["raw twice"]["cached"] == [(len(p) - 1) // 64 * 64 for p in PROMPTS]
+    assert ran["raw tight"]["preemptions"] >= 1 and ran["raw"]["preemptions"] == 0
+    assert sorted(ran["raw"]["groups"]) == [["FullAttentionSpec", 2, 64], ["TailSpec", 2, 32]]
 
 
 def test_sliding_window_and_soft_cap(tmp_path, tmp_path_factory):
@@ -152,32 +168,21 @@ def test_hybrid_model(tmp_path, tmp_path_factory):
     assert sorted(spec for spec, *_ in kv4["groups"]) == ["FullAttentionSpec", "MambaSpec", "TailSpec"]
 
 
-def test_kv4_gives_the_same_tokens_whatever_the_engine_does(llama, tmp_path):
-    job = {"model": llama, "recipe": "kv4", "tokens": 70}
-    default, chunked, twice, tight, draft, dense = engines(
-        tmp_path,
-        [
-            job,
-            job | {"settings": CHUNKED | {"enable_prefix_caching": False}},
-            job | {"times": 2, "settings": CHUNKED},
-            job | {"settings": CHUNKED | {"num_gpu_blocks_override": 90}},
-            job | {"settings": SPECULATIVE},
-            job | {"settings": {"prefix_cache_retention_interval": None}},
-        ],
-    )
-    same([default, chunked, twice, tight, draft, dense])
-    assert min(twice["cached"][1:]) >= 64 and tight["preemptions"] >= 1
+def test_kv4_gives_the_same_tokens_whatever_the_engine_does(ran):
+    same([r for name, r in ran.items() if name.startswith("kv4")])
+    assert min(ran["kv4 twice"]["cached"][1:]) >= 64 and ran["kv4 tight"]["preemptions"] >= 1
 
 
-def test_two_ranks(llama, tmp_path):
-    both = {"settings": {"tensor_parallel_size": 2}, "model": llama}
-    plain, raw = engines(
-        tmp_path,
-        [{"model": llama, "recipe": None}],
-    ) + engines(
-        tmp_path, [both | {"recipe": "raw"}], VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1"
-    )
-    same([raw], plain)
+@pytest.mark.parametrize(
+    "name,words", [("fp8", "kv_cache_dtype='fp8'"), ("no hybrid", "--disable-hybrid-kv-cache-manager")]
+)
+def test_what_cannot_be_served_is_refused_at_start(name, words, ran):
+    assert ran[name]["error"] is not None and words in ran[name]["error"]
+
+
+def test_two_ranks(llama, ran, tmp_path):
+    both = {"model": llama, "recipe": "raw", "settings": {"tensor_parallel_size": 2}}
+    same(engines(tmp_path, [both], VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1"), ran["plain"])
 
 
 def kl(p, q):
@@ -207,15 +212,25 @@ def test_kv4_is_as_near_to_vllms_own_cache_as_in_transformers(smollm2, tmp_path)
     assert abs(dppl) <= 0.005 and sum(divergence) / len(agree) <= 0.002 and sum(agree) / len(agree) >= 0.98, figures
 
 
-@pytest.mark.parametrize("head_dim,ratio", [(64, 3.2), (128, 3.4)])
-def test_capacity(head_dim, ratio, tmp_path, tmp_path_factory):
-    """Blocks of the pool, and tokens in it when every request has 32k tokens and the tail it really holds."""
-    config = LlamaConfig(head_dim=head_dim, tie_word_embeddings=False, **SIZES)
-    model = tiny(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(config))
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory):
+    """head_dim -> (plain, kv4)."""
     settings = {"dtype": "bfloat16", "max_model_len": 32768, "max_num_batched_tokens": 2048, "max_num_seqs": 8}
     settings |= {"kv_cache_memory_bytes": 128 << 20, "block_size": 64}
-    job = {"model": model, "prompts": [PROMPTS[3] * 2], "tokens": 9, "settings": settings, "hold": True}
-    plain, ours = engines(tmp_path, [job | {"recipe": None}, job | {"recipe": "kv4"}])
+    jobs = []
+    for head_dim in (64, 128):
+        config = LlamaConfig(head_dim=head_dim, tie_word_embeddings=False, **SIZES)
+        model = tiny(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(config))
+        job = {"model": model, "prompts": [PROMPTS[3] * 2], "tokens": 9, "settings": settings, "hold": True}
+        jobs += [job | {"recipe": None}, job | {"recipe": "kv4"}]
+    found = engines(tmp_path_factory.mktemp("pools"), jobs)
+    return {64: found[:2], 128: found[2:]}
+
+
+@pytest.mark.parametrize("head_dim,ratio", [(64, 3.2), (128, 3.4)])
+def test_capacity(head_dim, ratio, pools):
+    """Blocks of the pool, and tokens in it when every request has 32k tokens and the tail it really holds."""
+    plain, ours = pools[head_dim]
     pages = 32768 // 64
     tail = ours["held"] - plain["held"]
     tokens = ours["blocks"] * pages / (pages + tail)
@@ -223,16 +238,3 @@ def test_capacity(head_dim, ratio, tmp_path, tmp_path_factory):
     figures += f"x{tokens / plain['blocks']:.2f}"
     print(f"head_dim {head_dim}: {figures}; vLLM's own count of tokens {plain['capacity']} -> {ours['capacity']}")
     assert 8 <= tail <= 14 and tokens >= ratio * plain["blocks"], figures
-
-
-@pytest.mark.parametrize(
-    "settings,config,words",
-    [
-        ({"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype='fp8'"),
-        ({"disable_hybrid_kv_cache_manager": True}, {}, "--disable-hybrid-kv-cache-manager"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_at_start(settings, config, words, llama, tmp_path):
-    job = {"model": llama, "recipe": "kv4", "settings": settings, "config": config, "raises": True}
-    [got] = engines(tmp_path, [job])
-    assert got["error"] is not None and words in got["error"]

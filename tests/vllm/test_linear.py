@@ -13,6 +13,7 @@ from turboquant.integrations.vllm.loading import StackLoader
 from turboquant.recipe import parse_recipe
 
 IDS = [(i * 7 + 3) % 500 for i in range(160)]
+SPLIT = {"down_proj": "w8:group=16"}
 SKIP, OVERRIDES = ["layers.1.mlp.down_proj"], {"o_proj": "w8"}
 MANY = """
 import hashlib
@@ -88,12 +89,12 @@ def cases(engine, packed, tiny_llama, tiny_moe, tmp_path_factory):
         "w8a8": (tiny_llama, "w8a8"),
         "loaded": (tiny_llama, {"recipe": "w4a8"} | options),
         "packed": (packed(tiny_llama, "w4a8", **options), None),
-        "saved w8a8": (packed(tiny_llama, "w8a8"), None),
-        "w8": (tiny_llama, "w8:group=16"),
+        "saved": (packed(tiny_llama, "w8a8", overrides=SPLIT), None),
         "a4": (tiny_llama, "a4"),
         "experts": (tiny_moe, "w4"),
         "loaded experts": (tiny_moe, "w4a8"),
         "packed experts": (packed(tiny_moe, "w4a8"), None),
+        "split experts": (tiny_moe, "w4:group=16"),
         "followed experts": (packed(tiny_moe, "w4a4"), None),
     }
     for what in CORRUPT:
@@ -215,7 +216,7 @@ def test_of_one_layer_at_a_time_the_16_bit_weight_exists():
 
 def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_moe):
     """Packed with rotated inputs the row-parallel layers gather; unrotated, groups of 16 lie within a rank's part.
-    Experts alike; or whole ones on each rank (expert parallel)."""
+    Experts alike; or whole ones on each rank (expert parallel). A float checkpoint is packed part by part."""
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
     code = """
     result = []
@@ -226,10 +227,9 @@ def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_m
         del llm
     """
     both = {
-        "saved w8a8": {"model": str(packed(tiny_llama, "w8a8"))},
-        "w8": {"model": str(tiny_llama), "recipe": "w8:group=16"},
+        "saved": {"model": str(packed(tiny_llama, "w8a8", overrides=SPLIT))},
         "packed experts": {"model": str(packed(tiny_moe, "w4a8"))},
-        "experts": {"model": str(tiny_moe), "recipe": "w4", "enable_expert_parallel": True},
+        "split experts": {"model": str(tiny_moe), "recipe": "w4:group=16", "enable_expert_parallel": True},
     }
     found = engine(code, None, env=env, timeout=400, ids=IDS, cases=list(both.values()))
     for (many, tokens), name in zip(found, both, strict=True):
