@@ -159,7 +159,7 @@ class TurboQuantVllmConfig(QuantizationConfig):
             "--hf-overrides": getattr(config.model_config, "hf_overrides", None),
         }
         for place, given in places.items():
-            found = sorted({NAME, *FIELDS} & set(given)) if isinstance(given, dict) else []
+            found = sorted({NAME, "recipe", "kv_overrides"} & set(given)) if isinstance(given, dict) else []
             if found:
                 raise RecipeError(f"{place}: {found} is not read there; {WHERE}")
         if getattr(self, "online_quantization_config", None) is not None:

@@ -79,7 +79,7 @@ class TurboQuantLinearMethod(LinearMethodBase):
         self.trackers: dict[str, list[Tensor]] = {}
 
     def create_weights(
-        self, layer: torch.nn.Module, input_size_per_partition: int, output_partition_sizes: list[int],
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int],
         input_size: int, output_size: int, params_dtype: torch.dtype, **extra: Any,
     ) -> None:  # fmt: skip
         """As of vLLM's methods.

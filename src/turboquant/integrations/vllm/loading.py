@@ -64,9 +64,10 @@ class Reader:
             want = str(self.exact or "a float type").removeprefix("torch.")
             raise CheckpointError(f"{self.where}: the checkpoint has {str(kind).removeprefix('torch.')}, not {want}")
         shape, dtype, done = tuple(self.parameter.shape), self.parameter.dtype, self.done
-        if self.target is None and not done:
-            self.target = self._make(shape, dtype, self.device)
-        target = self._make(shape, dtype, "meta") if done else self.target
+        if done or self.target is None:
+            target = self._make(shape, dtype, "meta" if done else self.device)
+        else:
+            target = self.target
         try:
             with Copies() as copies:
                 out = self.loader(target, loaded_weight, *args, **kwargs)
@@ -80,9 +81,10 @@ class Reader:
         if done:
             return out
         self.numbers += copies.numbers
-        if self.done and self.full is not None:
-            whole, self.target = self.target, None
-            self.full(whole.data)
+        complete = self.done and self.full is not None
+        self.target = None if complete else target
+        if self.full is not None and complete:
+            self.full(target.data)
         return out
 
     @property

@@ -3,7 +3,7 @@
 The numbers arise in the workers, other processes than the API server. A worker writes its own to a file in a folder
 that the process which made the configuration has named in the environment; that process' registry reads the files
 when it is asked. With several API servers vLLM uses prometheus_client's multiprocess mode, and so do the workers then.
-Workers on other hosts are not seen.
+Ray's workers get the environment's names as vLLM hands them over. Workers on other hosts are not seen.
 """
 
 import atexit
@@ -21,6 +21,7 @@ import torch
 
 FOLDER = "TURBOQUANT_METRICS_DIR"
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
+RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 EVERY = 2.0  # seconds between two reports of a worker
 Row = tuple[str, dict[str, str], float]  # name in HELP, labels, value
 HELP = {  # name -> (kind, help)
@@ -41,6 +42,8 @@ _before: dict[Any, float] = {}
 
 def prepare() -> None:
     """In the process that makes the configuration: name the folder, and let its /metrics read it. Idempotent."""
+    copied = os.environ.get(RAY, "").split(",")
+    os.environ[RAY] = ",".join(dict.fromkeys([*filter(None, copied), FOLDER, SHARED]))
     if FOLDER in os.environ or SHARED in os.environ:
         return
     from prometheus_client import REGISTRY
