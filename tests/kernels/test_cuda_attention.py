@@ -192,7 +192,7 @@ def emulated(monkeypatch, tmp_path):
         if not folder.exists():
             shutil.copytree(nvrtc.SOURCES, folder)
             source = (folder / "attention.cu").read_text()
-            source = source.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = shared_memory;")
+            source = source.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = block_memory();")
             (folder / "attention.cu").write_text(source)
             config = cuda.config(layout, dtype, height, tiles, warps, many, cap)
             (folder / "config.cuh").write_text(config.replace("__constant__", "static const"))
