@@ -9,12 +9,14 @@ import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from turboquant.kernels import reference
 from turboquant.kernels.cuda import append, nvrtc
 from turboquant.layers.cache import LayerCache
+from turboquant.maths.codec import TRIALS, code_edges, log_decode, search_levels
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.recipe import parse_recipe
 
@@ -140,14 +142,14 @@ def emulated(monkeypatch, tmp_path):
                 text = (nvrtc.SOURCES / source).read_text()
                 text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = block_memory();")
                 (folder / source).write_text(text)
-            text = append.config(layout, dtype).replace("__constant__", "static const").replace("__device__", "static")
+            text = append.config(layout, dtype).replace("__constant__", "static const").replace("__device__", "")
             (folder / "config.cuh").write_text(text)
             for source in ("ptx.cuh", "run.cpp"):
                 shutil.copy(here / source, folder / source)
             options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
             subprocess.run([compiler, *options, "-o", folder / "run.so", folder / "run.cpp"], check=True)
         library = ctypes.CDLL(str(folder / "run.so"))
-        return [(library, name) for name in (b"encode", b"stats", b"track", b"store")]
+        return [(library, name) for name in (b"encode", b"track", b"store")]
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False):
         kernel[0].run(kernel[1], ctypes.byref(call), *blocks, threads)
@@ -165,6 +167,41 @@ def test_the_source_on_the_cpu_writes_the_bits_of_the_reference(case, odd, token
 
 def test_the_source_on_the_cpu_encodes_captured_keys_and_values(captured, emulated):
     compare(CAPTURED[0], False, captured, "cpu")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_segments_of_the_search_have_its_levels(bits):
+    of_cell, steps = append.segments(bits)
+    levels = torch.zeros(len(TRIALS), of_cell[-1] + 1, dtype=torch.int64)
+    squares = levels.clone()
+    for segment, trial, step, square in steps:
+        levels[trial, segment:] += step
+        squares[trial, segment:] += square
+    want = torch.tensor(search_levels(bits))
+    assert torch.equal(levels[:, of_cell], want) and torch.equal(squares[:, of_cell], want**2)
+    assert sorted({s for s, *_ in steps}, reverse=True) == list(dict.fromkeys(s for s, *_ in steps))  # none left out
+    assert {s for s, *_ in steps} == set(of_cell)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_code_table_has_the_codes_of_all_cells(bits):
+    reach = append.CODE_REACH
+    cell = torch.arange(2 * reach + 1)
+    got = (append.code_table(bits)[cell // append.CODE_STEP] + cell) >> 4 & 15
+    assert torch.equal(got, torch.bucketize(cell - reach, torch.tensor(code_edges(bits)), right=True))
+    assert append.code_table(bits).amax() < 256
+
+
+@pytest.mark.parametrize("significand", [8, 11], ids=["bf16", "fp16"])
+def test_a_reciprocal_of_two_numbers_divides_as_correctly_as_a_division(significand):
+    """k / s in the kernel is fma(k, r, k·low): for every significand of k and every s, exact in long doubles."""
+    s = log_decode(torch.arange(256, dtype=torch.uint8)).numpy()
+    k = np.arange(2 ** (significand - 1), 2**significand, dtype=np.float32)[:, None]
+    long = np.longdouble
+    assert np.finfo(long).nmant >= 63
+    r = (1 / s.astype(long)).astype(np.float32)
+    low = (1 - s.astype(long) * r).astype(np.float32) * r
+    assert np.array_equal((k.astype(long) * r + k * low).astype(np.float32), k / s)
 
 
 @pytest.mark.cuda

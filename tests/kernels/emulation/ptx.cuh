@@ -3,6 +3,7 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -31,9 +32,10 @@ struct Three {
 struct uint4 {
   u32 x, y, z, w;
 };
-struct uint2 {
-  u32 x, y;
+struct float4 {
+  float x, y, z, w;
 };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static Three threadIdx, blockIdx, gridDim, blockDim;
 static u8 shared_memory[8][1 << 18] __attribute__((aligned(128)));  // of the blocks of a cluster
 
@@ -143,12 +145,21 @@ static float __fsqrt_rn(float x) { return std::sqrt(x); }
 static float __frcp_rn(float x) { return 1.f / x; }
 static int max(int a, int b) { return a > b ? a : b; }
 static int __ffs(u32 x) { return __builtin_ffs(x); }
-static float __fadd_rd(float a, float b) {  // rounded down
-  const double exact = double(a) + b;
-  const float near = float(exact);
-  return near > exact ? std::nextafterf(near, -INFINITY) : near;
+static float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }  // NaN gives 0
+static float add_down_saturated(float a, float b) {
+  const float near = a + b, rest = float((double(b) - near) + a);  // its sign is exact
+  return __saturatef(rest < 0 ? std::nextafterf(near, -INFINITY) : near);
 }
-static u32 min(u32 a, u32 b) { return a < b ? a : b; }
+static float __fmul_rz(float a, float b) {  // of numbers from 0 on
+  const double exact = double(a) * b;
+  const float near = float(exact);
+  return near > exact ? std::nextafterf(near, 0.f) : near;
+}
+static int warp_max(int x) {
+  for (int n = 16; n; n >>= 1) x = std::max(x, __shfl_xor_sync(~0u, x, n));
+  return x;
+}
+static int warp_min(int x) { return -warp_max(-x); }
 static int __popc(u32 x) { return __builtin_popcount(x); }
 static int __popcll(u64 x) { return __builtin_popcountll(x); }
 static u32 prmt(u32 a, u32 b, u32 selector) {
@@ -160,17 +171,12 @@ static u32 prmt(u32 a, u32 b, u32 selector) {
   }
   return out;
 }
-static u32 dp2a(u32 a, u32 b, u32 c) { return c + (a & 0xFFFF) * (b & 255) + (a >> 16) * (b >> 8 & 255); }
-static u32 dp2a_low(u32 a, u32 b, u32 c) { return dp2a(a, b, c); }
-static u32 dp2a_high(u32 a, u32 b, u32 c) { return dp2a(a, b >> 16, c); }
-static u32 dp4a(u32 a, u32 b, u32 c) {
-  for (int i = 0; i < 32; i += 8) c += (a >> i & 255) * (b >> i & 255);
-  return c;
-}
 static int min(int a, int b) { return a < b ? a : b; }
 static void atomicOr(u32* to, u32 x) { *to |= x; }
+static void atomicAdd(u32* to, u32 x) { *to += x; }
 static void atomicAdd(u64* to, u64 x) { *to += x; }
 static void wait_for_previous() {}
+static void start_next() {}
 static u16 to_half(float x) {
   const _Float16 h = _Float16(x);
   u16 y;

@@ -16,7 +16,6 @@ from turboquant.kernels.cuda.common import DTYPES, PAGE, page_macros
 from turboquant.maths.codec import (
     CODE_CELLS,
     SEARCH_CELL,
-    SEARCH_CELLS,
     SEARCH_UNITS,
     TRIALS,
     code_edges,
@@ -38,25 +37,76 @@ class _Call(ctypes.Structure):  # mirrors `Call` of csrc/append.cu
         *[(n, ctypes.c_void_p) for n in ("states", "masks", "q", "k", "v")],
         *[(f"{t}_{s}", ctypes.c_longlong) for t in "qkv" for s in "bhn"],
         *[(n, ctypes.c_int) for n in ("pool", "width", "batch", "heads", "group", "tokens", "slots", "sinks")],
-        *[(n, ctypes.c_int) for n in ("samples", "several", "front")],
+        *[(n, ctypes.c_int) for n in ("samples", "several", "front", "parts")],
     ]
 
 
-CODE_REACH = 3 * CODE_CELLS  # cells of a scale that the code table covers to either side: beyond lie the outer codes
+CODE_REACH = 4 * CODE_CELLS  # cells of a scale that the code table covers to either side: beyond lie the outer codes
+CODE_STEP = 16  # cells of one entry, in which at most one code begins
+SEARCH_REACH = 32768 // SEARCH_CELL  # cells of |y| at most
+VALUES, KEYS = 1, 2  # parts of a page, as in csrc/append.cu
 
 
 def threads(layout: PageLayout) -> int:
-    """Of a block that sees a page: a thread holds 32 numbers of it."""
-    return 512 if layout.head_dim > 128 else 256
+    """Of a block that sees a page: two for each row, four for longer ones."""
+    return PAGE * (4 if layout.head_dim > 128 else 2)
 
 
 def _floats(name: str, values: list[float]) -> str:
     return f"__constant__ float {name}[{len(values)}] = {{{', '.join(f'{v!r}f' for v in values)}}};"
 
 
-def _words(name: str, table: Tensor) -> str:
-    words = table.to(torch.uint8).contiguous().flatten().view(torch.int64).tolist()
-    return f"__device__ const unsigned long long {name}[] = {{{', '.join(f'{w}ull' for w in words)}}};"
+def _bytes(name: str, values: Tensor) -> str:
+    """Bytes as words of eight, for copies into the arrays of csrc/rows.cuh, which have 8 bytes more than entries."""
+    padded = torch.nn.functional.pad(values.to(torch.uint8), (0, 8))
+    words = padded[: len(padded) // 8 * 8].view(torch.int64).tolist()
+    return f"__device__ const unsigned long long {name}[] = {{{', '.join(f'{w % 2**64}ull' for w in words)}}};"
+
+
+def segments(bits: int) -> tuple[list[int], list[tuple[int, int, int, int]]]:
+    """The search's table of levels, taken apart.
+
+    Returns:
+        of each cell of |y|, its segment: neighbouring cells in which every trial has one level are one segment;
+        steps (segment, trial, level added, square added) from the last segment down: a trial's level of a segment is
+        the sum of its steps up to there.
+    """
+    columns, last = list(zip(*search_levels(bits), strict=True)), (0,) * len(TRIALS)
+    of_cell: list[int] = []
+    steps: list[tuple[int, int, int, int]] = []
+    for column in columns:
+        if column != last:
+            here = of_cell[-1] + 1 if of_cell else 0
+            pairs = enumerate(zip(column, last, strict=True))
+            steps += [(here, t, a - b, a * a - b * b) for t, (a, b) in pairs if a != b]
+            last = column
+        else:
+            here = of_cell[-1]
+        of_cell.append(here)
+    return of_cell, steps[::-1]
+
+
+def _search(bits: int) -> str:
+    """`Search<bits>` of csrc/rows.cuh."""
+    of_cell, steps = segments(bits)
+    lines = [f"template <> struct Search<{bits}> {{"]
+    lines.append(f"  enum {{ SEGMENTS = {of_cell[-1] + 1}, STEPS = {len(steps)} }};")
+    for name, values in zip(("segment", "trial", "step", "square"), zip(*steps, strict=True), strict=True):
+        table = f"constexpr int x[] = {{{', '.join(map(str, values))}}};"
+        lines.append(f"  __device__ static constexpr int {name}(int i) {{ {table} return x[i]; }}")
+    lines.append(f"  __device__ static constexpr float unit() {{ return {int8_levels(bits)[1]!r}f; }}")
+    return "\n".join([*lines, "};"])
+
+
+def code_table(bits: int) -> Tensor:
+    """Of every CODE_STEP cells from -CODE_REACH on: entry + cell, counted from there, has the code in bits 4 to 7."""
+    first = torch.arange(-CODE_REACH, CODE_REACH + 1, CODE_STEP)
+    edges = torch.tensor(code_edges(bits))
+    code = torch.bucketize(first, edges, right=True)
+    inside = edges - first[:, None]
+    inside = torch.where((inside > 0) & (inside < CODE_STEP), CODE_STEP - inside, 0)
+    assert (inside.count_nonzero(1) <= 1).all()
+    return (code - torch.arange(len(first))) % 16 * 16 + inside.sum(1)
 
 
 def config(layout: PageLayout, dtype: torch.dtype) -> str:
@@ -64,36 +114,40 @@ def config(layout: PageLayout, dtype: torch.dtype) -> str:
     kv = layout.kv
     used = {i for f in layout.fields.values() for i in range(f.offset, f.offset + f.nbytes)}
     gaps = [i for i in range(layout.page_bytes) if i not in used]
+    small = sorted({kv.key_bits, kv.value_bits} - {8})  # 8 bit have neither search nor table
     numbers = page_macros(layout, dtype) | {
-        "THREADS": threads(layout), "CODE_CELLS": CODE_CELLS, "CODE_REACH": CODE_REACH, "GAPS": len(gaps),
-        "SEARCH_UNITS": SEARCH_UNITS, "SEARCH_CELL": SEARCH_CELL, "SEARCH_CELLS": SEARCH_CELLS,
+        "THREADS": threads(layout), "MEMORY": _memory(layout), "GAPS": len(gaps),
+        "CODE_CELLS": CODE_CELLS, "CODE_REACH": CODE_REACH, "CODE_STEP": CODE_STEP,
+        "SEARCH_UNITS": SEARCH_UNITS, "SEARCH_CELL": SEARCH_CELL, "SEARCH_REACH": SEARCH_REACH,
         "DECAY_OLD": f"{1 - (1 - kv.decay)!r}f", "DECAY_NEW": f"{1 - kv.decay!r}f",
         "BLEND_OLD": f"{1 - kv.blend!r}f", "BLEND_NEW": f"{kv.blend!r}f",
-        "KEY_UNIT": f"{int8_levels(kv.key_bits)[1]!r}f", "VALUE_UNIT": f"{int8_levels(kv.value_bits)[1]!r}f",
+        "MAX_SEGMENTS": max([segments(b)[0][-1] + 1 for b in small], default=1),
     }  # fmt: skip
     lines = [f"#define {k} {v}" for k, v in numbers.items() if k != "SIGN_BITS"]
     tables = [str(numbers["SIGN_BITS"])]
     tables.append(_floats("S_TABLE", log_decode(torch.arange(256, dtype=torch.uint8)).tolist()))
     tables.append(_floats("A_TABLE", token_scale(torch.arange(256), torch.ones((), dtype=torch.float16)).tolist()))
     tables.append(f"__constant__ short GAP[] = {{{', '.join(map(str, gaps or [0]))}}};")
-    cells = torch.arange(-CODE_REACH, CODE_REACH)
+    tables += ["template <int BITS> struct Search;", *map(_search, small)]
     for part, bits in (("KEY", kv.key_bits), ("VALUE", kv.value_bits)):
-        small = bits < 8  # 8 bit have neither search nor table
-        search = torch.tensor(search_levels(bits)) if small else torch.zeros(len(TRIALS), SEARCH_CELLS)
-        codes = torch.bucketize(cells, torch.tensor(code_edges(bits)), right=True) if small else 0 * cells
-        tables += [_words(f"{part}_SEARCH", search.T), _words(f"{part}_CODES", codes)]
+        of_cell = segments(bits)[0] if bits < 8 else []
+        of_cell += of_cell[-1:] * (SEARCH_REACH - len(of_cell))
+        tables.append(_bytes(f"{part}_SEGMENTS", torch.tensor(of_cell + of_cell[-1:] * 8, dtype=torch.uint8)))
+        tables.append(_bytes(f"{part}_CODES", code_table(bits) if bits < 8 else torch.zeros(0)))
     return "\n".join(["#pragma once", *lines, *tables, ""])
 
 
 def _memory(layout: PageLayout) -> int:
     """Bytes of `Memory` of csrc/append.cu, generously."""
     d = layout.head_dim
-    return 2 * PAGE * (d + 8) + 8 * SEARCH_CELLS + 2 * CODE_REACH + 4 * (7 * d + PAGE + layout.hot) + 256
+    rows = 4 * PAGE * max(d + 4, 64)  # the 64: sums of segments
+    small = 2 * threads(layout) + PAGE + 6 * d + layout.hot
+    return rows + 4 * small + SEARCH_REACH + 2 * CODE_REACH // CODE_STEP + 256
 
 
 @lru_cache(maxsize=256)
 def _kernels(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> list[Any]:
-    names = ("encode", "stats", "track", "store")
+    names = ("encode", "track", "store")
     return nvrtc.functions("append.cu", config(layout, dtype), names, device, _memory(layout))
 
 
@@ -110,7 +164,7 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
     dtype = buf.ring_k.dtype
     if dtype not in DTYPES or any(t.dtype != dtype for t in (q, k, v)):
         raise ValueError(f"queries in {q.dtype}, keys in {k.dtype}, ring in {dtype}: all must be one of {DTYPES}")
-    encode, stats, track, store = _kernels(layout, dtype, k.device)
+    encode, track, store = _kernels(layout, dtype, k.device)
     q, k, v = map(_dense, (q, k, v))
     pages = -(-n // PAGE)  # that the chunk may complete
     several = pages if pages > 1 else 0
@@ -125,11 +179,13 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
         buf.readers.data_ptr(), buf.tracker.data_ptr(), work.data_ptr() + 8 * (b + words), work.data_ptr() + 8 * b,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         buf.pages.shape[0], buf.table.shape[1], b, h, q.shape[1] // h, n, layout.kv.ring_slots, layout.kv.sinks,
-        buf.readers.shape[2], several, front,
+        buf.readers.shape[2], several, front, VALUES if several else VALUES | KEYS,
     )  # fmt: skip
     stream, block = nvrtc.stream_of(k.device), threads(layout)
+    memory, grid = _memory(layout), (pages, h, b)
+    nvrtc.launch(encode, grid, block, memory, stream, call)
     if several:
-        nvrtc.launch(stats, (pages, h, b), block, 0, stream, call)
-        nvrtc.launch(track, (-(-3 * d // 128), h, b), 128, 0, stream, call, after=True)
-    nvrtc.launch(encode, (pages, h, 2 * b), block, _memory(layout), stream, call, after=bool(several))
+        nvrtc.launch(track, (-(-3 * d // 32), h, b), STORE_THREADS, 0, stream, call, after=True)
+        call.parts = KEYS
+        nvrtc.launch(encode, grid, block, memory, stream, call, after=True)
     nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, stream, call, after=True)

@@ -14,10 +14,15 @@ DEVICE u32 prmt(u32 a, u32 b, u32 s) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s));
   return d;
 }
-// c + the products of two unsigned 16-bit numbers with the low or the high two bytes, of four bytes with four
-DEVICE u32 dp2a_low(u32 a, u32 b, u32 c) { return __dp2a_lo(a, b, c); }
-DEVICE u32 dp2a_high(u32 a, u32 b, u32 c) { return __dp2a_hi(a, b, c); }
-DEVICE u32 dp4a(u32 a, u32 b, u32 c) { return __dp4a(a, b, c); }
+// a + b, rounded down, between 0 and 1
+DEVICE float add_down_saturated(float a, float b) {
+  float d;
+  asm("add.rm.sat.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+// of a warp's numbers
+DEVICE int warp_max(int x) { return __reduce_max_sync(~0u, x); }
+DEVICE int warp_min(int x) { return __reduce_min_sync(~0u, x); }
 DEVICE float exp2_(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -29,7 +34,8 @@ DEVICE void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-DEVICE void start_next() {  // lets such a kernel start
+// lets the kernel after this one start, which waits as above, as soon as all blocks of this one have
+DEVICE void start_next() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif

@@ -1,22 +1,35 @@
-// Rows of a page to scales and codes. Eight lanes hold a row: lane l has element 8j + l in y[j]. The arithmetic is that
-// of maths/codec.py in the order of maths/exact.py; the search for a scale is in integers, which have no order.
+// Rows of a page to scales and codes. The threads of a row lie in warps of their own, 64 apart: thread h of ROW_THREADS
+// holds every ROW_THREADS-th number of the row, y[k][p] being number 16k + ROW_THREADS·p + h. The arithmetic is that of
+// maths/codec.py in the order of maths/exact.py; the search for a scale is in integers, which have no order.
 #pragma once
 #include "ptx.cuh"
 
-constexpr int P = 64, E = D / 8, PASSES = P / (THREADS / 8), TRIALS = 8;
+constexpr int P = 64, ROW_THREADS = THREADS / P, SIXTEENS = D / 16, OWN = 16 / ROW_THREADS, TRIALS = 8;
+constexpr int ROW_PITCH = D + 4;  // floats: 16 bytes of eight rows lie in different banks
+constexpr int OCTETS = D / 8, OCTET_PITCH = ((OCTETS + 3) / 4 | 1) * 4;
+constexpr int STRIDE = 8, PITCH = ((D / 2 + 15) / 32 * 32 + 16) * 2;  // of reader samples; of keys: two rows fill all banks
 constexpr float FP16_MAX = 65504.f;
+constexpr u32 COUNT = 1u << 23;  // units of a segment are added below, numbers counted above
 
-DEVICE float sum8(float x) {  // over the eight lanes of a row, by halves
-  for (int n = 4; n; n >>= 1) x += __shfl_xor_sync(~0u, x, n);
-  return x;
-}
-// the sum of term(j) over a row, in the order of lane_sum: lanes l and l + 8 of its sixteen are this lane's
-template <class Term> DEVICE float row_sum(Term term) {
-  float low = term(0), high = term(1);
-#pragma unroll
-  for (int j = 2; j < E; j += 2) low += term(j), high += term(j + 1);
-  return sum8(low + high);
-}
+struct Lookup {
+  u8 segment[SEARCH_REACH + 8];  // of a cell of |y|: the levels of all trials are the same within one
+  u8 codes[2 * CODE_REACH / CODE_STEP + 8];
+};
+struct Work {  // of a block, in shared memory: first the keys, then what becomes of the rows
+  union {
+    struct {
+      u16 keys[P][PITCH];
+      float square[P / STRIDE][D];  // of the reader samples
+    };
+    float rows[P][ROW_PITCH];
+    u32 found[MAX_SEGMENTS][P];
+    u32 octets[ROW_THREADS][P][OCTET_PITCH];
+    u8 bytes[P][D + 4];
+  };
+  float part[2][ROW_THREADS][P], scale[P];
+  Lookup look;
+};
+
 DEVICE u16 fp16_up(float x) {  // x >= 0, rounded up
   x = fminf(x, FP16_MAX);
   const u16 h = to_half(x);
@@ -29,144 +42,226 @@ DEVICE float divide(float y, float s, float r) {
 }
 DEVICE float divided(float y, float s) { return s > 0 ? y / s : 0.f; }
 
-// Of 2·HALF lanes that hold 2·HALF words each: what `of` makes of all lanes' i-th words comes to lane i's first.
-template <int HALF, class Of> DEVICE void transpose(u32* x, int lane, Of of) {
-  if constexpr (HALF > 0) {
+// Butterflies over sixteen neighbours, then their place in the row: those of thread h of the row side by side.
+DEVICE void rotate_sixteen(float (&y)[16]) {
 #pragma unroll
-    for (int i = 0; i < HALF; i++) {
-      const u32 a = x[i], b = x[i + HALF];
-      x[i] = of(lane & HALF ? b : a, __shfl_xor_sync(~0u, lane & HALF ? a : b, HALF));
-    }
-    transpose<HALF / 2>(x, lane, of);
-  }
-}
-
-struct Lookup {  // in shared memory
-  uint2 search[SEARCH_CELLS];  // the level of a cell at each trial scale, a byte each
-  u8 codes[2 * CODE_REACH];    // the code of a cell, from -CODE_REACH on
-};
-template <int BITS> DEVICE int uniform_code(float q) {  // of 8 bit; a tie goes to the lower one
-  return int(fminf(fmaxf(ceilf(fmaf(q, 127.f, -0.5f)) + 127.f, 0.f), 254.f));
-}
-
-// the scale to store for the row that eight lanes hold, by least squares
-DEVICE float scale_of_8_bits(const float (&y)[E]) {
-  float norm = 0, level[E];
-  for (int j = 0; j < E; j++) norm = fmaxf(norm, fabsf(y[j]));
-  for (int n = 4; n; n >>= 1) norm = fmaxf(norm, __shfl_xor_sync(~0u, norm, n));
-  const float r = norm > 0 ? __frcp_rn(norm) : 0.f;
+  for (int n = 1; n < 16; n *= 2)
 #pragma unroll
-  for (int j = 0; j < E; j++) level[j] = (uniform_code<8>(divide(y[j], norm, r)) - 127) / 127.f;
-  const float dot = row_sum([&](int j) { return y[j] * level[j]; });
-  return dot / fmaxf(row_sum([&](int j) { return level[j] * level[j]; }), 1e-30f);
-}
-// the same for up to 4 bits: the best of eight trials
-DEVICE float scale_of(const float (&y)[E], const Lookup& look, float unit) {
-  const int l = threadIdx.x & 7;
-  const float square = row_sum([&](int j) { return y[j] * y[j]; });
-  const float norm = __fsqrt_rn(square / float(D)), per_unit = norm > 0 ? float(SEARCH_UNITS) / norm : 0.f;
-  u32 dot[TRIALS] = {}, size[TRIALS] = {};  // <y, level> and <level, level>
-#pragma unroll
-  for (int j = 0; j < E; j += 4) {  // four numbers at a time
-    u32 units[4] = {}, part[2][4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (j + i >= E) continue;
-      // adding 1.5·2^23 leaves the whole number in the low bits
-      units[i] = __float_as_uint(fminf(fabsf(y[j + i] * per_unit), 32767.f) + 12582912.f);
-      const uint2 levels = look.search[min((units[i] & 0xFFFFu) / SEARCH_CELL, u32(SEARCH_CELLS - 1))];
-      part[0][i] = levels.x, part[1][i] = levels.y;
-    }
-    const u32 first = prmt(units[0], units[1], 0x5410), second = prmt(units[2], units[3], 0x5410);
-#pragma unroll
-    for (int t = 0; t < TRIALS; t += 2) {  // a, b: bytes of two trials for the first two numbers, for the others
-      const u32 *x = part[t / 4], pick = t % 4 ? 0x7362 : 0x5140;
-      const u32 a = prmt(x[0], x[1], pick), b = prmt(x[2], x[3], pick);
-      dot[t] = dp2a_low(second, b, dp2a_low(first, a, dot[t]));
-      dot[t + 1] = dp2a_high(second, b, dp2a_high(first, a, dot[t + 1]));
-      const u32 even = prmt(a, b, 0x5410), odd = prmt(a, b, 0x7632);
-      size[t] = dp4a(even, even, size[t]), size[t + 1] = dp4a(odd, odd, size[t + 1]);
-    }
-  }
-  const auto add = [](u32 a, u32 b) { return a + b; };
-  transpose<TRIALS / 2>(dot, l, add), transpose<TRIALS / 2>(size, l, add);  // those of trial l
-  const float overlap = float(int(dot[0])), fit = overlap * overlap / float(int(size[0]));
-  float best = fit;
-  for (int n = 4; n; n >>= 1) best = fmaxf(best, __shfl_xor_sync(~0u, best, n));
-  const int from = threadIdx.x & 24, trial = __ffs(__ballot_sync(~0u, fit == best) >> from) - 1;  // the first of equals
-  return divided(square, __shfl_sync(~0u, overlap, from + trial) * unit * (norm / float(SEARCH_UNITS)));
-}
-
-// The rows of a page, already rotated, to scales and codes; returns the base. Row of pass i of this thread:
-// i·THREADS/8 + threadIdx.x/8.
-template <int BITS>
-DEVICE u16 encode_rows(const float (&y)[PASSES][E], u64 odd, float* scale, u8* log_scale, u8* codes, const Lookup& look,
-                       float unit) {
-  const int l = threadIdx.x & 7, row = threadIdx.x / 8, lane = threadIdx.x & 31;
-#pragma unroll
-  for (int i = 0; i < PASSES; i++) {
-    const float s = BITS == 8 ? scale_of_8_bits(y[i]) : scale_of(y[i], look, unit);
-    if (l == 0) scale[i * (THREADS / 8) + row] = s;
-  }
-  __syncthreads();
-  float top = fmaxf(odd >> lane & 1 ? 0.f : scale[lane], odd >> (lane + 32) & 1 ? 0.f : scale[lane + 32]);
-  for (int n = 16; n; n >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, n));
-  const u16 half = fp16_up(top);
-  const float base = half_(half);
-#pragma unroll
-  for (int i = 0; i < PASSES; i++) {
-    const int t = i * (THREADS / 8) + row;
-    const float s = scale[t];
-    int log = 255;
-    if (s > 0 && base > 0) log = int(fminf(fmaxf(rintf(log2f(fmaxf(base / s, 1.f)) * ROW_STEPS), 0.f), 254.f));
-    const float a = base * A_TABLE[log];
-    if (l == 0) log_scale[t] = u8(log);
-    u8* to = codes + t * (D * BITS / 8);
-    if constexpr (BITS == 8) {
-      const float r = a > 0 ? __frcp_rn(a) : 0.f;
-#pragma unroll
-      for (int j = 0; j < E; j++) to[8 * j + l] = u8(uniform_code<8>(divide(y[i][j], a, r)));
-    } else {
-      const float per_cell = a > 0 ? float(CODE_CELLS) / a : 0.f, reach = float(CODE_REACH);
-      u32 word[(E + 7) / 8 * 8];  // octet j has one code in each of the eight lanes
-#pragma unroll
-      for (int j = 0; j < (E + 7) / 8 * 8; j++) {
-        if (j >= E) { word[j] = 0; continue; }
-        // rounding the sum with 2^23 down leaves the whole number in the low bits
-        const float cell = fminf(fmaxf(y[i][j] * per_cell, -reach), reach - 0.5f);
-        word[j] = u32(look.codes[__float_as_uint(__fadd_rd(cell, 8388608.f + reach)) & 0x7FFFFFu]) << (BITS * l);
-      }
-#pragma unroll
-      for (int j = 0; j < E; j += 8) {
-        transpose<4>(word + j, l, [](u32 a, u32 b) { return a | b; });
-        if (j + l >= E) continue;
-        u8* at = to + (j + l) * BITS;  // eight codes are BITS bytes
-        if (BITS == 4) *(u32*)at = word[j];
-        if (BITS == 2) *(u16*)at = u16(word[j]);
-        if (BITS == 3)
-          for (int n = 0; n < 3; n++) at[n] = u8(word[j] >> (8 * n));
-      }
-    }
-  }
-  return half;
-}
-DEVICE void rotate(float (&y)[E]) {  // signs are multiplied in already
-  const int l = threadIdx.x & 7;
-#pragma unroll
-  for (int n = 1; n < 8; n *= 2) {
-    const float sign = l & n ? -1.f : 1.f;
-#pragma unroll
-    for (int j = 0; j < E; j++) y[j] = fmaf(y[j], sign, __shfl_xor_sync(~0u, y[j], n));
-  }
-#pragma unroll
-  for (int n = 1; n < BLOCK / 8; n *= 2)
-#pragma unroll
-    for (int j = 0; j < E; j++)
+    for (int j = 0; j < 16; j++)
       if (!(j & n)) {
         const float a = y[j], b = y[j + n];
         y[j] = a + b, y[j + n] = a - b;
       }
+}
+DEVICE void put_sixteen(const float (&y)[16], float* to) {
 #pragma unroll
-  for (int j = 0; j < E; j++) y[j] *= NORM;
+  for (int i = 0; i < 16; i += 4) {
+    const auto at = [&](int p) { return y[p % OWN * ROW_THREADS + p / OWN]; };
+    *(float4*)(to + i) = make_float4(at(i), at(i + 1), at(i + 2), at(i + 3));
+  }
+}
+DEVICE void take_row(const Work& w, float (&y)[SIXTEENS][OWN]) {  // and the other butterflies
+  const float* from = w.rows[threadIdx.x % P] + threadIdx.x / P * OWN;
+#pragma unroll
+  for (int k = 0; k < SIXTEENS; k++)
+#pragma unroll
+    for (int p = 0; p < OWN; p += 4) {
+      const float4 x = *(const float4*)(from + 16 * k + p);
+      y[k][p] = x.x, y[k][p + 1] = x.y, y[k][p + 2] = x.z, y[k][p + 3] = x.w;
+    }
+#pragma unroll
+  for (int n = 1; n < BLOCK / 16; n *= 2)
+#pragma unroll
+    for (int k = 0; k < SIXTEENS; k++)
+      if (!(k & n))
+#pragma unroll
+        for (int p = 0; p < OWN; p++) {
+          const float a = y[k][p], b = y[k + n][p];
+          y[k][p] = a + b, y[k + n][p] = a - b;
+        }
+#pragma unroll
+  for (int k = 0; k < SIXTEENS; k++)
+#pragma unroll
+    for (int p = 0; p < OWN; p++) y[k][p] *= NORM;
+}
+
+// This thread's share of the sum of term(k, p) over a row in the order of lane_sum; `joined` adds the shares.
+template <class Term> DEVICE float share(Term term) {
+  float lane[OWN];
+#pragma unroll
+  for (int k = 0; k < SIXTEENS; k++)
+#pragma unroll
+    for (int p = 0; p < OWN; p++) lane[p] = k ? lane[p] + term(k, p) : term(k, p);
+#pragma unroll
+  for (int n = OWN / 2; n; n /= 2)
+#pragma unroll
+    for (int p = 0; p < n; p++) lane[p] += lane[p + n];
+  return lane[0];
+}
+DEVICE float joined(const float (&part)[ROW_THREADS][P]) {
+  const int row = threadIdx.x % P;
+  if (ROW_THREADS == 2) return part[0][row] + part[1][row];
+  return (part[0][row] + part[2 % ROW_THREADS][row]) + (part[1][row] + part[3 % ROW_THREADS][row]);
+}
+
+template <int BITS> DEVICE int uniform_code(float q) {  // of 8 bit; a tie goes to the lower one
+  return int(fminf(fmaxf(ceilf(fmaf(q, 127.f, -0.5f)) + 127.f, 0.f), 254.f));
+}
+// the scale to store for each row, by least squares; begins with a barrier
+DEVICE void scales_of_8_bits(const float (&y)[SIXTEENS][OWN], Work& w) {
+  const int row = threadIdx.x % P, h = threadIdx.x / P;
+  float norm = 0, level[SIXTEENS][OWN];
+#pragma unroll
+  for (int k = 0; k < SIXTEENS; k++)
+#pragma unroll
+    for (int p = 0; p < OWN; p++) norm = fmaxf(norm, fabsf(y[k][p]));
+  w.part[0][h][row] = norm;
+  __syncthreads();
+  norm = 0;
+  for (int i = 0; i < ROW_THREADS; i++) norm = fmaxf(norm, w.part[0][i][row]);
+  const float r = norm > 0 ? __frcp_rn(norm) : 0.f;
+#pragma unroll
+  for (int k = 0; k < SIXTEENS; k++)
+#pragma unroll
+    for (int p = 0; p < OWN; p++) level[k][p] = (uniform_code<8>(divide(y[k][p], norm, r)) - 127) / 127.f;
+  __syncthreads();
+  w.part[0][h][row] = share([&](int k, int p) { return y[k][p] * level[k][p]; });
+  w.part[1][h][row] = share([&](int k, int p) { return level[k][p] * level[k][p]; });
+  __syncthreads();
+  if (h == 0) w.scale[row] = joined(w.part[0]) / fmaxf(joined(w.part[1]), 1e-30f);
+}
+// The same for up to 4 bits: the best of eight trials. The numbers of a row are counted, and their units added, by
+// segment; a level is a sum of steps, so a trial's sums are those of the segments from each of its steps on.
+template <int BITS> DEVICE void scales_of(const float (&y)[SIXTEENS][OWN], Work& w) {
+  using S = Search<BITS>;
+  const int row = threadIdx.x % P, h = threadIdx.x / P;
+  w.part[0][h][row] = share([&](int k, int p) { return y[k][p] * y[k][p]; });
+  __syncthreads();  // rows have been read
+  for (int i = threadIdx.x; i < S::SEGMENTS * P / 4; i += THREADS) ((uint4*)w.found)[i] = uint4{};
+  __syncthreads();
+  const float square = joined(w.part[0]);
+  const float norm = __fsqrt_rn(square / float(D)), per_unit = norm > 0 ? float(SEARCH_UNITS) / norm : 0.f;
+  const float scaled = per_unit * 0x1p-15f;
+  u32* own = w.found[0] + row;
+#pragma unroll
+  for (int k = 0; k < SIXTEENS; k++) {
+    u32 units[OWN], segment[OWN];  // look-ups first, for they may not pass the sums
+#pragma unroll
+    for (int p = 0; p < OWN; p++) {
+      // |y| in units, at most 32768 (that is 16 RMS, more than there can be up to D = 128), rounded by a product below
+      // the normal numbers, whose bits are whole
+      float t = __saturatef(fabsf(y[k][p]) * scaled);
+      if (D > 128) t = fminf(t, 32767.f / 32768.f);
+      units[p] = __float_as_uint(fmaf(t, 0x1p-134f, 0x1p-126f));  // with COUNT
+      segment[p] = w.look.segment[units[p] / SEARCH_CELL - COUNT / SEARCH_CELL];
+    }
+#pragma unroll
+    for (int p = 0; p < OWN; p++) atomicAdd(own + segment[p] * P, units[p]);
+  }
+  __syncthreads();
+  if (h == 0) {
+    u32 dot[TRIALS] = {}, size[TRIALS] = {}, sum = 0;  // <y, level> and <level, level>
+#pragma unroll
+    for (int i = 0; i < S::STEPS; i++) {  // from the last segment down, leaving none out
+      if (i == 0 || S::segment(i) != S::segment(i - 1)) sum += w.found[S::segment(i)][row];
+      dot[S::trial(i)] += sum % COUNT * S::step(i), size[S::trial(i)] += sum / COUNT * S::square(i);
+    }
+    float best = 0, overlap = 0;
+#pragma unroll
+    for (int t = 0; t < TRIALS; t++) {  // the first of equals
+      const float x = float(int(dot[t])), fit = x * x / float(int(size[t]));
+      if (fit > best) best = fit, overlap = x;
+    }
+    w.scale[row] = divided(square, overlap * S::unit() * (norm / float(SEARCH_UNITS)));
+  }
+}
+
+// Codes to the page: octets, that is eight codes in BITS bytes, put together from the threads of a row.
+template <int BITS> DEVICE void write_octets(const Work& w, u8* codes) {
+  if constexpr (BITS == 4 && OCTETS % 4 == 0) {
+    for (int i = threadIdx.x; i < P * OCTETS / 4; i += THREADS) {
+      uint4 all = {};
+#pragma unroll
+      for (int h = 0; h < ROW_THREADS; h++) {
+        const uint4 x = *(const uint4*)(w.octets[h][i / (OCTETS / 4)] + i % (OCTETS / 4) * 4);
+        all.x |= x.x, all.y |= x.y, all.z |= x.z, all.w |= x.w;
+      }
+      ((uint4*)codes)[i] = all;
+    }
+  } else {
+    for (int i = threadIdx.x; i < P * OCTETS; i += THREADS) {
+      u32 all = 0;
+      for (int h = 0; h < ROW_THREADS; h++) all |= w.octets[h][i / OCTETS][i % OCTETS];
+      u8* at = codes + i * BITS;
+      if (BITS == 4) *(u32*)at = all;
+      if (BITS == 2) *(u16*)at = u16(all);
+      if (BITS == 3)
+        for (int n = 0; n < 3; n++) at[n] = u8(all >> (8 * n));
+    }
+  }
+}
+// The rows of a page, of which all but the last butterflies are done, to scales and codes; returns the base. Begins and
+// ends with a barrier.
+template <int BITS> DEVICE u16 encode_rows(Work& w, u64 odd, u8* log_scale, u8* codes) {
+  const int row = threadIdx.x % P, h = threadIdx.x / P, lane = threadIdx.x & 31;
+  __syncthreads();
+  float y[SIXTEENS][OWN];
+  take_row(w, y);
+  if constexpr (BITS == 8) scales_of_8_bits(y, w);
+  else scales_of<BITS>(y, w);
+  __syncthreads();
+  float top = fmaxf(odd >> lane & 1 ? 0.f : w.scale[lane], odd >> (lane + 32) & 1 ? 0.f : w.scale[lane + 32]);
+  for (int n = 16; n; n >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, n));
+  const u16 half = fp16_up(top);
+  const float base = half_(half), s = w.scale[row];
+  int log = 255;
+  if (s > 0 && base > 0) log = int(fminf(fmaxf(rintf(log2f(fmaxf(base / s, 1.f)) * ROW_STEPS), 0.f), 254.f));
+  const float a = base * A_TABLE[log];
+  if (h == 0) log_scale[row] = u8(log);
+  if constexpr (BITS == 8) {
+    const float r = a > 0 ? __frcp_rn(a) : 0.f;
+#pragma unroll
+    for (int k = 0; k < SIXTEENS; k++)
+#pragma unroll
+      for (int p = 0; p < OWN; p++)
+        w.bytes[row][16 * k + ROW_THREADS * p + h] = u8(uniform_code<8>(divide(y[k][p], a, r)));
+    __syncthreads();
+    for (int i = threadIdx.x; i < P * D / 4; i += THREADS)
+      ((u32*)codes)[i] = *(const u32*)(w.bytes[i / (D / 4)] + i % (D / 4) * 4);
+  } else {
+    const float per_cell = a > 0 ? float(CODE_CELLS) / a : 0.f, scaled = per_cell / float(2 * CODE_REACH);
+    u32 octet[OCTET_PITCH] = {};
+#pragma unroll
+    for (int k = 0; k < SIXTEENS; k++) {
+      u32 x[OWN];
+#pragma unroll
+      for (int p = 0; p < OWN; p++) {
+        // the cell from -CODE_REACH on, rounded down and kept within the reach; whole as above. A table entry has the
+        // code of CODE_STEP cells in its high half, less their number, and what the edge between them lacks of a step.
+        const float t = add_down_saturated(y[k][p] * scaled, 0.5f);
+        const u32 cell = __float_as_uint(__fmul_rz(t, 2 * CODE_REACH * 0x1p-149f));
+        x[p] = w.look.codes[cell / CODE_STEP] + cell;  // bits 4 to 7: the code
+      }
+#pragma unroll
+      for (int o = 0; o < 2; o++) {
+        u32 *from = x + o * (OWN / 2), &to = octet[2 * k + o];
+        if constexpr (BITS == 4 && ROW_THREADS == 2) {
+          to = prmt(prmt(from[0], from[1], 0x0040), prmt(from[2], from[3], 0x0040), 0x5410);
+          to = to >> (4 - 4 * h) & 0x0F0F0F0Fu << (4 * h);
+        } else {
+#pragma unroll
+          for (int p = 0; p < OWN / 2; p++) to |= (from[p] >> 4 & 15u) << (BITS * ROW_THREADS * p);
+          to <<= BITS * h;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < OCTETS; i += 4)
+      *(uint4*)(w.octets[h][row] + i) = uint4{octet[i], octet[i + 1], octet[i + 2], octet[i + 3]};
+    __syncthreads();
+    write_octets<BITS>(w, codes);
+  }
+  __syncthreads();
+  return half;
 }
 DEVICE float sign_of(int ch) { return SIGN_BITS[ch / 32] >> (ch & 31) & 1 ? 1.f : -1.f; }
