@@ -21,7 +21,9 @@ from vllm.v1.attention.backend import (
 )
 
 from turboquant.integrations.vllm.blocks import BlockLayout
-from turboquant.integrations.vllm.plan import NULL, Call
+from turboquant.integrations.vllm.device import Step, graphs, kept, run, serves
+from turboquant.integrations.vllm.plan import Call
+from turboquant.integrations.vllm.prompt import WORKSPACE
 from turboquant.integrations.vllm.tail import Tail, expand, layouts, pool
 from turboquant.kernels import ops
 from turboquant.maths.tracker import ChannelStats, ChannelTracker
@@ -49,6 +51,7 @@ class TurboQuantImpl(AttentionImpl):
         self.kv_cache_dtype = layer.kv_cache_dtype
         self.prefix, self.layout, self.tail = prefix, layout, tail
         self.nonfinite, self.alarms = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        self.group = self.num_heads // self.num_kv_heads
 
     def forward(
         self,
@@ -71,9 +74,17 @@ class TurboQuantImpl(AttentionImpl):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("turboquant attention gives no quantized outputs")
+        if self.nonfinite.device != query.device:
+            self.nonfinite = self.nonfinite.to(query.device)
         if attn_metadata is None:  # vLLM measures memory
+            if serves(self.layout, query.device):
+                torch.empty(2, WORKSPACE + len(key), *key.shape[1:], dtype=key.dtype, device=key.device)
             return output.fill_(0)
-        self.step(self._calls(), attn_metadata, query, key, value, kv_cache, output)
+        work = self._calls()
+        if isinstance(work, Step):
+            run(self, work, pool(kv_cache), attn_metadata.table, query, key, value, output)
+        else:
+            self.step(work, attn_metadata, query, key, value, kv_cache, output)
         return output
 
     def step(
@@ -97,7 +108,7 @@ class TurboQuantImpl(AttentionImpl):
             out = ops.cache_attention(buf, page, q, k, v, *args)
             ops.cache_append(buf, page, q, k, v, None)
             self.tail.scatter(call, buf, k, v)
-            self.nonfinite = self.nonfinite.to(buf.nonfinite.device) + buf.nonfinite.sum()
+            self.nonfinite += buf.nonfinite.sum()
             buf.nonfinite.zero_()
             self._watch(call, buf)
             output[call.tokens] = out.transpose(1, 2).to(output.dtype)
@@ -120,10 +131,10 @@ class TurboQuantImpl(AttentionImpl):
 
 
 class Pages:
-    """Metadata of a layer's pages: vLLM's block table, -1 where it has none."""
+    """Metadata of a layer's pages: vLLM's block table (R, M) int32, -1 where it has none."""
 
     def __init__(self, table: Tensor) -> None:
-        self.table = table.masked_fill(table == NULL, -1).to(torch.int32)
+        self.table = table
         self._of: dict[int, Tensor] = {}
 
     def of(self, number: int, call: Any) -> Tensor:
@@ -136,27 +147,39 @@ class Pages:
 class PagesBuilder(AttentionMetadataBuilder[Pages]):
     """Metadata of the pages."""
 
+    layout: BlockLayout
+
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.most = vllm_config.scheduler_config.max_num_seqs
+        self.table = torch.zeros(0, 0, dtype=torch.int32, device=device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        return graphs(cls.layout, vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Pages:
         page = self.kv_cache_spec.tokens_per_state
-        return Pages(expand(common_attn_metadata.block_table_tensor, self.kv_cache_spec.block_size // page))
+        table = expand(common_attn_metadata.block_table_tensor, self.kv_cache_spec.block_size // page)
+        self.table = kept(self.table, table, self.most, -1)
+        return Pages(self.table[: len(table)])
 
 
 @lru_cache(maxsize=256)
 def backend(layout: BlockLayout) -> type[AttentionBackend]:
     """The backend of layers of a layout. vLLM tells backends apart by name."""
     name = f"TurboQuant[{layout.kv.name},{layout.head_dim},{layout.dtype}]"
-    return type(name, (TurboQuantBackend,), {"layout": layout})
+    builder = type(name + "Builder", (PagesBuilder,), {"layout": layout})
+    return type(name, (TurboQuantBackend,), {"layout": layout, "builder": builder})
 
 
 class TurboQuantBackend(AttentionBackend):
     """What vLLM asks about our pages."""
 
     layout: BlockLayout
+    builder: type[PagesBuilder]
     accept_output_buffer = True
     supported_dtypes = list(FLOATS)
 
@@ -168,9 +191,9 @@ class TurboQuantBackend(AttentionBackend):
     def get_impl_cls() -> Any:
         return TurboQuantImpl
 
-    @staticmethod
-    def get_builder_cls() -> Any:
-        return PagesBuilder
+    @classmethod
+    def get_builder_cls(cls) -> Any:
+        return cls.builder
 
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:

@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 
 from turboquant.integrations.vllm import metrics
 from turboquant.integrations.vllm.blocks import BlockLayout
+from turboquant.integrations.vllm.device import Step, Steps, graphs, serves
 from turboquant.integrations.vllm.plan import NULL, Call, plan
 from turboquant.integrations.vllm.spec import TailSpec
 from turboquant.packed.buffers import CacheBuffers
@@ -85,7 +86,12 @@ class Tail(AttentionLayerBase):
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         self.kv_cache = kv_cache
-        self.views = self.layout.views(pool(kv_cache))
+        blocks = pool(kv_cache)
+        self.views = self.layout.views(blocks)
+        if serves(self.layout, kv_cache.device):
+            from turboquant.integrations.vllm.carry import Carrier  # needs Triton
+
+            self.carrier = Carrier(self.layout, blocks)
         self.heads = torch.arange(kv_cache.shape[1], device=kv_cache.device)[None, :, None]
 
     def _places(self, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,19 +146,29 @@ class TailBuilder(AttentionMetadataBuilder[Any]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # the host's lengths are exact but where drafts are accepted on the device while the next step is scheduled
         self.exact = not (vllm_config.scheduler_config.async_scheduling and vllm_config.speculative_config)
+        self.steps: Steps | None = None
+        if serves(self.layout, device):
+            self.steps = Steps(self.layout, kv_cache_spec.interval, vllm_config.scheduler_config.max_num_seqs, device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+        return graphs(cls.layout, vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> list[Call]:
+    ) -> list[Call] | Step:
         m = common_attn_metadata
         metrics.publish(m.block_table_tensor)
         if m.causal is not True:
             raise NotImplementedError("turboquant caches serve causal attention only")
         known = m.seq_lens_cpu_upper_bound
+        k = self.kv_cache_spec.block_size // self.layout.tokens
+        if self.steps is not None:
+            host = known.tolist() if known is not None and self.exact else None
+            return self.steps.build(m, expand(m.block_table_tensor, k), host)
         lengths = known if known is not None and self.exact else m.seq_lens.cpu()
         counts = m.query_start_loc_cpu.diff().tolist()
         starts = [n - c for n, c in zip(lengths.tolist(), counts, strict=True)]
-        k = self.kv_cache_spec.block_size // self.layout.tokens
         return plan(self.layout, starts, counts, expand(m.block_table_tensor, k))
 
 

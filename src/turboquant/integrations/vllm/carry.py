@@ -1,0 +1,208 @@
+"""Tail blocks -> CacheBuffers and back in Triton, every row at the position that stands on the device.
+
+Nothing is read back to the host, so a step can be captured in a CUDA graph. `put` runs before `gather`: a row may begin
+where another row of the step has just ended (a prefix hit), and then finds that row's tokens in the tail.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from turboquant.integrations.vllm.blocks import BlockLayout
+from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
+
+_STATES, _STRIDE = tl.constexpr(STATES), tl.constexpr(READER_STRIDE)
+SIZES = ("n", "width")  # change from call to call
+
+
+@triton.jit
+def _block(table, width, b, index, some):
+    """Ids of blocks of a row, 0 for none."""
+    return tl.load(table + b * width + index, mask=some & (index >= 0) & (index < width), other=0).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _put(
+    pool, table, length, k, v, n, width, kb, kh, kn, vb, vh, vn,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the new tokens into their blocks. Program: (tail block from the row's start on, head, row)."""
+    z, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(length + b).to(tl.int32)
+    block = start // T + z
+    at = _block(table, width, b, block, block >= 0)
+    if at != 0:
+        c, i = tl.arange(0, DP), tl.arange(0, T)
+        token = block * T + i - start
+        see = ((token >= 0) & (token < n))[:, None] & (c < D)[None, :]
+        token = token.to(tl.int64)[:, None]
+        to = pool + (at * H + h) * ROW + i[:, None] * D + c[None, :]
+        x = tl.load(k + b.to(tl.int64) * kb + h * kh + token * kn + c[None, :], mask=see)
+        tl.store(to, x.to(pool.dtype.element_ty), mask=see)
+        x = tl.load(v + b.to(tl.int64) * vb + h * vh + token * vn + c[None, :], mask=see)
+        tl.store(to + T * D, x.to(pool.dtype.element_ty), mask=see)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _gather(
+    pool, states, table, start_of, length, nonfinite, ring_k, ring_v, sink_k, sink_v, readers, tracker, width,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr,
+    P: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, J: tl.constexpr,
+    JP: tl.constexpr, AT_READERS: tl.constexpr, AT_STATE: tl.constexpr, SHARE: tl.constexpr, SHARE_P: tl.constexpr,
+):  # fmt: skip
+    """What the next tokens read of a row. Program: (tail block of the ring, then sinks, then the rest; head; row)."""
+    z, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    ring_blocks = tl.num_programs(0) - 2
+    start = tl.load(start_of + b).to(tl.int32)
+    c = tl.arange(0, DP)
+    real = (c < D)[None, :]
+    head = b.to(tl.int64) * H + h
+    if z < ring_blocks:
+        first = tl.maximum(0, tl.minimum(start - R + 1, start // P * P))
+        block = first // T + z
+        if block * T < start:
+            position = block * T + tl.arange(0, T)
+            some = (position >= first) & (position < start)
+            at = (_block(table, width, b, block, block >= 0) * H + h) * ROW + tl.arange(0, T)[:, None] * D + c[None, :]
+            to = (head * C + position % C)[:, None] * D + c[None, :]
+            see = some[:, None] & real
+            tl.store(ring_k + to, tl.load(pool + at, mask=see), mask=see)
+            tl.store(ring_v + to, tl.load(pool + at + T * D, mask=see), mask=see)
+    elif z == ring_blocks:
+        if (h == 0) & (b >= 0):
+            tl.store(length + b, start.to(tl.int64))
+            tl.store(nonfinite + b, tl.zeros((), tl.int64))
+        if S > 0:
+            sink = tl.arange(0, SP)
+            some = (sink < S) & (sink < start)
+            at = (_block(table, width, b, sink // T, some) * H + h) * ROW
+            at = (at + sink % T * D)[:, None] + c[None, :]
+            to = (head * S + sink)[:, None] * D + c[None, :]
+            see = some[:, None] & real
+            tl.store(sink_k + to, tl.load(pool + at, mask=see), mask=see)
+            tl.store(sink_v + to, tl.load(pool + at + T * D, mask=see), mask=see)
+    else:
+        sample = start // _STRIDE - 1 - tl.arange(0, JP)
+        some = (sample >= 0) & (tl.arange(0, JP) < J)
+        position = sample * _STRIDE
+        at = (_block(table, width, b, position // T, some) * H + h) * ROW + AT_READERS + position % T // _STRIDE * D
+        to = (head * J + (sample + J) % J)[:, None] * D + c[None, :]
+        see = some[:, None] & real
+        tl.store(readers + to, tl.load(pool + at[:, None] + c[None, :], mask=see), mask=see)
+        page = start // P - 1
+        if page >= 0:
+            e = tl.arange(0, SHARE_P)
+            to = ((b.to(tl.int64) * _STATES + page % _STATES) * H + h) * 3 * D + e
+            for i in tl.static_range(P // T):
+                at = (_block(table, width, b, page * (P // T) + i, page >= 0) * H + h) * WORDS + AT_STATE
+                see = (e < SHARE) & (i * SHARE + e < 3 * D)
+                tl.store(tracker + to + i * SHARE, tl.load(states + at + e, mask=see), mask=see)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _keep(
+    pool, states, table, start_of, nonfinite, total, readers, tracker, n, width,
+    H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr,
+    P: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, AT_READERS: tl.constexpr, AT_STATE: tl.constexpr,
+    SHARE: tl.constexpr, SHARE_P: tl.constexpr,
+):  # fmt: skip
+    """New reader samples, states after completed pages, and the count of tokens not finite. Program: (head, row)."""
+    h, b = tl.program_id(0), tl.program_id(1)
+    start = tl.load(start_of + b).to(tl.int32)
+    end = start + n
+    c, head = tl.arange(0, DP), b.to(tl.int64) * H + h
+    here = _block(table, width, b, (end - 1) // T, n > 0) != 0  # padding of a captured batch has no block
+    if here & (h == 0):
+        tl.atomic_add(total, tl.load(nonfinite + b))
+    sample = end // _STRIDE - 1 - tl.arange(0, JP)
+    some = (sample >= start // _STRIDE) & (tl.arange(0, JP) < J)
+    position = sample * _STRIDE
+    block = _block(table, width, b, position // T, some)
+    to = (block * H + h) * ROW + AT_READERS + position % T // _STRIDE * D
+    see = (some & (block != 0))[:, None] & (c < D)[None, :]
+    x = tl.load(readers + (head * J + (sample + J) % J)[:, None] * D + c[None, :], mask=see)
+    tl.store(pool + to[:, None] + c[None, :], x, mask=see)
+    e = tl.arange(0, SHARE_P)
+    for back in tl.static_range(_STATES):
+        page = end // P - 1 - back
+        if here & (page >= start // P):
+            at = ((b.to(tl.int64) * _STATES + page % _STATES) * H + h) * 3 * D + e
+            for i in tl.static_range(P // T):
+                block = _block(table, width, b, page * (P // T) + i, page >= 0)
+                see = (e < SHARE) & (i * SHARE + e < 3 * D) & (block != 0)
+                x = tl.load(tracker + at + i * SHARE, mask=see)
+                tl.store(states + (block * H + h) * WORDS + AT_STATE + e, x, mask=see)
+
+
+class Carrier:
+    """The way of one layer's rows between tail blocks and CacheBuffers.
+
+    Args:
+        layout: of the blocks.
+        pool: (N, H, row) uint8, every block of vLLM's pool, as `tail.pool` gives it.
+    """
+
+    def __init__(self, layout: BlockLayout, pool: Tensor) -> None:
+        kv, d, t = layout.kv, layout.head_dim, layout.tokens
+        parts = layout.views(pool[:1])
+        item, share = layout.dtype.itemsize, parts["tracker"].shape[-1]
+        at = {name: p.storage_offset() - pool.storage_offset() // p.itemsize for name, p in parts.items()}
+        assert at["k"] == 0 and at["v"] == t * d, "keys come first in a tail block, then values"
+        self.layout, self.heads, self.device = layout, pool.shape[1], pool.device
+        self.rows, self.states = pool.view(layout.dtype), pool.view(torch.float32)
+        samples = (kv.page + kv.rewind) // READER_STRIDE + 1
+        self._blocks = -(-(max(kv.ring, kv.page) - 1) // t) + 1  # that the ring's newest tokens can touch
+        self._sizes = {"H": self.heads, "D": d, "DP": triton.next_power_of_2(d), "T": t, "ROW": pool.shape[2] // item}
+        self._state = self._sizes | {
+            "WORDS": pool.shape[2] // 4, "P": kv.page, "J": samples, "JP": triton.next_power_of_2(samples),
+            "AT_READERS": at["readers"], "AT_STATE": at["tracker"], "SHARE": share,
+            "SHARE_P": triton.next_power_of_2(share),
+        }  # fmt: skip
+        sinks = triton.next_power_of_2(max(1, kv.sinks))
+        self._all = self._state | {"R": kv.ring, "C": kv.ring_slots, "S": kv.sinks, "SP": sinks}
+
+    def put(self, table: Tensor, start: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store new keys and values (G, H, n, d) of rows at `start`, as far as there are blocks for them.
+
+        Args:
+            table: (G, M) int32, tail blocks of the rows. start: (G,) int64.
+        """
+        g, h, n, _ = k.shape
+        blocks = -(-(n - 1) // self.layout.tokens) + 1
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        _put[(blocks, h, g)](
+            self.rows, table, start, k, v, n, table.shape[1], *k.stride()[:3], *v.stride()[:3], **self._sizes, num_warps=4
+        )
+
+    def gather(self, pages: Tensor, page_table: Tensor, table: Tensor, start: Tensor) -> CacheBuffers:
+        """The buffers of rows as they are before their new tokens, as far as these read them."""
+        new = {n: torch.empty(s, dtype=t, device=self.device) for n, (s, t) in self._specs(pages, len(start)).items()}
+        buf = CacheBuffers(pages=pages, table=page_table, **new)
+        _gather[(self._blocks + 2, self.heads, len(start))](
+            self.rows, self.states, table, start, buf.length, buf.nonfinite, buf.ring_k, buf.ring_v, buf.sink_k,
+            buf.sink_v, buf.readers, buf.tracker, table.shape[1], **self._all, num_warps=4,
+        )  # fmt: skip
+        return buf
+
+    def _specs(self, pages: Tensor, rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return _specs(self.layout, pages.shape[2], rows, self.heads)
+
+    def keep(self, buf: CacheBuffers, table: Tensor, start: Tensor, n: int, total: Tensor) -> None:
+        """Store what `cache_append` of n tokens to rows at `start` has added beside keys and values.
+
+        Args:
+            total: () int64, takes the tokens that were not finite.
+        """
+        _keep[(self.heads, len(start))](
+            self.rows, self.states, table, start, buf.nonfinite, total, buf.readers, buf.tracker, n, table.shape[1],
+            **self._state, num_warps=4,
+        )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _specs(layout: BlockLayout, row: int, rows: int, heads: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    specs = CacheBuffers.specs(layout.page(row), rows, heads, layout.dtype)
+    return {name: spec for name, spec in specs.items() if name not in ("pages", "table")}

@@ -1,0 +1,181 @@
+"""Steps on a GPU (device.py, prompt.py, carry.py) against our own LayerCache: in Triton's interpreter on the CPU, where
+flash attention is written out in torch, and on a GPU with vLLM's.
+"""
+
+import os
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from test_cache_blocks import D, Engine, G, H, SCALE, stream
+
+from turboquant.integrations.vllm import device, prompt
+from turboquant.integrations.vllm.carry import Carrier
+from turboquant.integrations.vllm.plan import NULL
+from turboquant.integrations.vllm.tail import pool
+from turboquant.kernels import ops
+from turboquant.layers.cache import LayerCache
+from turboquant.recipe import parse_recipe
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = torch.bfloat16
+
+
+def flash(impl, q, k, v, causal, left):
+    """What prompt.flash gives, written out."""
+    n, m = len(q), len(k)
+    at = torch.arange(n, device=q.device)[:, None] + (m - n) - torch.arange(m, device=q.device)
+    see = (at >= 0) if causal else torch.ones_like(at, dtype=torch.bool)
+    if left is not None:
+        see &= at <= left
+    logits = torch.einsum("nhd,mhd->hnm", q.float(), k.float().repeat_interleave(impl.group, 1)) * impl.scale
+    if impl.softcap:
+        logits = impl.softcap * torch.tanh(logits / impl.softcap)
+    logits = logits.masked_fill(~see, -torch.inf)
+    out = torch.einsum("hnm,mhd->nhd", logits.softmax(-1).nan_to_num(0), v.float().repeat_interleave(impl.group, 1))
+    return out.to(q.dtype), logits.logsumexp(-1)
+
+
+@pytest.fixture(autouse=True)
+def on_this_machine(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(prompt, "flash", flash)
+        with ops.use_backend("triton"):
+            yield
+    else:
+        yield
+
+
+class DeviceEngine(Engine):
+    """Steps through metadata as vLLM gives it."""
+
+    def __init__(self, recipe, interval=512, **kwargs):
+        super().__init__(recipe, BF16, **kwargs)
+        self.pool = self.pool.to(DEVICE)
+        self.tail.bind_kv_cache(self.pool)
+        self.blocks = pool(self.pool)
+        self.tail.carrier = Carrier(self.layout, self.blocks)
+        self.steps = device.Steps(self.layout, self.spec.interval, 8, torch.device(DEVICE))
+        self.page_table = torch.zeros(0, 0, dtype=torch.int32, device=DEVICE)
+        self.impl.nonfinite = self.impl.nonfinite.to(DEVICE)
+
+    def step(self, work, padding=0):
+        for name, start, q, _, _ in work:
+            self.grow(name, start, start + len(q))
+        tables = [[t[name] for name, *_ in work] + [[]] * padding for t in (self.tails, self.pages)]
+        tail, page = (torch.tensor([r + [NULL] * (40 - len(r)) for r in t]).int().to(DEVICE) for t in tables)
+        counts = torch.tensor([len(w[2]) for w in work] + [0] * padding)
+        ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        lengths = torch.tensor([w[1] + len(w[2]) for w in work] + [0] * padding).int()
+        m = SimpleNamespace(query_start_loc=ends.to(DEVICE), query_start_loc_cpu=ends, seq_lens=lengths.to(DEVICE))
+        self.page_table = device.kept(self.page_table, page, 8, -1)
+        step = self.steps.build(m, tail, lengths.tolist())
+        if padding:  # as a captured graph runs it
+            step.work[:] = [device.Decode(slice(0, len(counts)), slice(0, len(counts)), 1)]
+        extra = torch.full((padding,), 7.0, dtype=BF16)
+        q, k, v = (torch.cat([w[i] for w in work] + [extra[:, None, None].expand(-1, h, D)]) for i, h in
+                   ((2, H * G), (3, H), (4, H)))  # fmt: skip
+        q, k, v = (x.to(DEVICE) for x in (q, k, v))
+        out = torch.full_like(q, torch.nan)
+        device.run(self.impl, step, self.blocks, self.page_table[: len(counts)], q, k, v, out)
+        return list(out.cpu().split([len(w[2]) for w in work] + [1] * padding))[: len(work)]
+
+
+def expected(recipe, streams, window=None, softcap=None):
+    """Outputs and pages of our own cache on the reference, every row reading what a decode step would."""
+    out = []
+    for rows in streams:
+        cache = LayerCache(parse_recipe(recipe).kv, window)
+        q, k, v = (x.transpose(0, 1)[None] for x in rows)
+        with ops.use_backend("reference"):
+            o = cache.step(q, k, v, scaling=SCALE, softcap=softcap, row_exact=True)
+        ids = [i for i in cache._pages[0] if i >= 0]
+        out.append((o[0].transpose(0, 1), cache.buf.pages[ids]))
+    return out
+
+
+def same(engine, name, tokens, want):
+    """Triton may store the neighbouring scale of a row; the CUDA kernels write the reference's bytes."""
+    got = engine.stored(name, tokens).cpu()
+    assert torch.equal(got, want) if DEVICE == "cuda" else (got != want).float().mean() < 2e-3
+
+
+def near(got, want):
+    torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "recipe,window,softcap",
+    [
+        ("kv4", None, None),
+        ("kv4", 150, None),
+        ("kv4", 100, None),
+        ("k4v3:ring=80,sinks=20,page=32,rewind=8", None, 5.0),
+        ("plain3:ring=64,sinks=0", None, None),
+    ],
+)
+def test_any_schedule_gives_the_bytes_and_outputs_of_our_own_cache(recipe, window, softcap):
+    rng = random.Random(1)
+    lengths = [230, 70]
+    streams = [stream(n, i, BF16) for i, n in enumerate(lengths)]
+    engine, done = DeviceEngine(recipe, window=window, softcap=softcap), [0] * 2
+    outputs = [torch.full_like(s[0], torch.nan) for s in streams]
+    while any(d < n for d, n in zip(done, lengths, strict=True)):
+        work = []
+        for i in rng.sample(range(2), rng.randrange(1, 3)):
+            n = min(lengths[i] - done[i], rng.choice((1, 5, 8, 60, 90, 200)))
+            if n:
+                work.append((str(i), done[i], *(x[done[i] : done[i] + n] for x in streams[i])))
+        if not work:
+            continue
+        for (name, start, q, *_), out in zip(work, engine.step(work), strict=True):
+            outputs[int(name)][start : start + len(q)] = out
+            done[int(name)] = start + len(q)
+    for i, (want, pages) in enumerate(expected(recipe, streams, window, softcap)):
+        near(outputs[i], want)
+        if window is None:
+            same(engine, str(i), lengths[i], pages)
+    assert int(engine.impl.nonfinite) == 0
+
+
+def test_a_padded_batch_as_a_graph_runs_it():
+    streams = [stream(130, i, BF16) for i in range(2)]
+    engine = DeviceEngine("kv4")
+    engine.step([(str(i), 0, *(x[:126] for x in s)) for i, s in enumerate(streams)])
+    before, outs = engine.pool[NULL].clone(), [[], []]
+    for t in range(126, 130):
+        got = engine.step([(str(i), t, *(x[t : t + 1] for x in s)) for i, s in enumerate(streams)], padding=2)
+        for out, rows in zip(outs, got, strict=True):
+            out.append(rows)
+    for i, (want, pages) in enumerate(expected("kv4", streams)):
+        near(torch.cat(outs[i]), want[126:])
+        same(engine, str(i), 130, pages)
+    assert torch.equal(engine.pool[NULL], before), "rows of padding write nothing"
+
+
+@pytest.mark.parametrize("first", [512, 513])
+def test_a_hit_on_what_the_same_step_writes(first):
+    """Also where both are single tokens, whose order a captured graph cannot choose."""
+    q, k, v = stream(first + 40, 9, BF16)
+    engine, part = DeviceEngine("kv4"), lambda a, b: (q[a:b], k[a:b], v[a:b])
+    engine.step([("a", 0, *part(0, 511))])
+    engine.grow("a", 511, 512)
+    engine.pages["b"], engine.tails["b"] = list(engine.pages["a"]), list(engine.tails["a"])
+    new = first + 40 if first == 512 else 513
+    b, _ = engine.step([("b", 512, *part(512, new)), ("a", 511, *part(511, 512))])
+    near(b, expected("kv4", [(q, k, v)])[0][0][512:new])
+
+
+def test_nonfinite_tokens_are_counted_once():
+    q, k, v = stream(200, 12, BF16)
+    k[70, 1, 3], v[70, 0, 0], v[130, 0, 0] = torch.nan, torch.inf, torch.nan
+    engine = DeviceEngine("kv4")
+    for a, b in ((0, 100), (100, 130), (130, 131), (131, 200)):
+        engine.step([("a", a, q[a:b], k[a:b], v[a:b])])
+    assert int(engine.impl.nonfinite) == 2
