@@ -9,6 +9,7 @@ are those of the median step. `blocks` and `capacity` are what vLLM makes of the
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+quiet = contextlib.nullcontext  # around the timed steps
 VLLM = ("auto", "fp8", "turboquant_4bit_nc")
 LLAMA3_8B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
@@ -38,6 +40,8 @@ def settings(cache: str, model: str, shapes: list[tuple[int, int]], args: argpar
         "max_model_len": max(n for _, n in shapes) + args.tokens + 8, "gpu_memory_utilization": args.memory,
         "compilation_config": {"mode": args.compile, **graph}, "disable_log_stats": False,
     }  # fmt: skip
+    if args.cache_gib:
+        out |= {"kv_cache_memory_bytes": int(args.cache_gib * 2**30), "gpu_memory_utilization": 0.2}
     if args.eager:
         out |= {"enforce_eager": True}
         out.pop("compilation_config")
@@ -57,23 +61,30 @@ def decode(llm: Any, batch: int, length: int, tokens: int, vocabulary: int) -> d
     for i in range(batch):
         prompt = torch.randint(vocabulary, (length,), generator=make).tolist()
         engine.add_request(f"{batch}x{length}-{i}", {"prompt_token_ids": prompt}, params)
-    begin, seen, steps, done = time.perf_counter(), {}, [], 0
-    first = None
-    while engine.has_unfinished_requests():
-        before, at = sum(seen.values()), time.perf_counter()
+    seen: dict[str, int] = {}
+
+    def step() -> float:
+        at = time.perf_counter()
         for out in engine.step():
             seen[out.request_id] = len(out.outputs[0].token_ids)
-            done += out.finished
-        now = time.perf_counter()
-        if first is None and len(seen) == batch:
-            first = now - begin
-        elif first is not None and not done and sum(seen.values()) - before == batch:
-            steps.append(now - at)
+        return time.perf_counter() - at
+
+    first, steps = 0.0, []
+    while len(seen) < batch:
+        first += step()
+    with quiet():
+        while max(seen.values()) < tokens:
+            before = sum(seen.values())
+            took = step()
+            if sum(seen.values()) - before == batch:
+                steps.append(took)
+    while engine.has_unfinished_requests():
+        step()
     if len(steps) < 8:
         raise SystemExit(f"only {len(steps)} steps of all {batch} requests: too little memory for them at a time?")
-    step = statistics.median(steps)
-    row = {"shape": f"{batch}x{length}", "step_ms": 1e3 * step, "tokens_s": batch / step, "steps": len(steps)}
-    return row | {"prefill_s": first, "prompt_tokens_s": batch * length / (first or 1)}
+    median = statistics.median(steps)
+    row = {"shape": f"{batch}x{length}", "step_ms": 1e3 * median, "tokens_s": batch / median, "steps": len(steps)}
+    return row | {"prefill_s": first, "prompt_tokens_s": batch * length / first}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
     import torch
     import vllm
+    import vllm.platforms
 
     [cache], config = args.cache, LLAMA3_8B | (TINY if args.tiny else {})
     shapes = [tuple(map(int, s.split("x"))) for s in args.shape]
@@ -90,13 +102,15 @@ def run(args: argparse.Namespace) -> None:
         llm = vllm.LLM(**settings(cache, folder, shapes, args))
     ready, made = time.perf_counter() - begin, llm.llm_engine.vllm_config
     row = {
-        "cache": cache, "device": torch.cuda.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__,
+        "cache": cache, "device": vllm.platforms.current_platform.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__,
         "graphs": str(made.compilation_config.cudagraph_mode), "start_s": ready, "blocks": made.cache_config.num_gpu_blocks,
         "capacity": made.cache_config.kv_cache_size_tokens,
     }  # fmt: skip
     for batch, length in shapes:
         decode(llm, batch, min(length, 256), 16, config["vocab_size"])  # what is compiled at first use
         print("ROW " + json.dumps(row | decode(llm, batch, length, args.tokens, config["vocab_size"])), flush=True)
+    sys.stdout.flush()
+    os._exit(0)  # an engine takes its time to end
 
 
 def main() -> None:
@@ -105,6 +119,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="BATCHxTOKENS; 8x32768 and 64x4096")
     parser.add_argument("--tokens", type=int, default=96, help="each request writes")
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory")
+    parser.add_argument("--cache-gib", type=float, help="of the cache, instead of --memory")
     parser.add_argument("--compile", type=int, default=0, help="vLLM's compilation mode, 3 for its default")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--tiny", action="store_true")
@@ -119,6 +134,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", "--cache", cache, "--tokens", str(args.tokens)]
         command += [x for s in args.shape for x in ("--shape", s)] + ["--tiny"] * args.tiny + ["--eager"] * args.eager
         command += ["--memory", str(args.memory), "--compile", str(args.compile)]
+        command += ["--cache-gib", str(args.cache_gib)] if args.cache_gib else []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for line in process.stdout or ():
             if line.startswith("ROW "):
