@@ -3,9 +3,9 @@
     python benchmarks/bench_vllm.py --cache auto --cache fp8 --cache turboquant_4bit_nc --cache kv4 --json out.json
     python benchmarks/bench_vllm.py --tiny --cache kv4          # a toy: that the script runs; times mean nothing
 
-`--cache` is a --kv-cache-dtype of vLLM or a recipe of ours (with linear layers, if it names any); each runs in a process
-of its own. Prompts are random tokens, all different. A step is timed once every request has its first token; tokens/s
-are those of the median step. `blocks` and `capacity` are what vLLM makes of the memory that it is given.
+`--cache` is a --kv-cache-dtype of vLLM or a recipe of ours (with linear layers, if it names any); each runs in a
+process of its own. Prompts are random tokens, all different. A step is timed once every request has its first token;
+tokens/s are those of the median step. `blocks` and `capacity` are what vLLM makes of the memory that it is given.
 """
 
 import argparse
@@ -102,9 +102,9 @@ def run(args: argparse.Namespace) -> None:
         llm = vllm.LLM(**settings(cache, folder, shapes, args))
     ready, made = time.perf_counter() - begin, llm.llm_engine.vllm_config
     row = {
-        "cache": cache, "device": vllm.platforms.current_platform.get_device_name(), "vllm": vllm.__version__, "torch": torch.__version__,
-        "graphs": str(made.compilation_config.cudagraph_mode), "start_s": ready, "blocks": made.cache_config.num_gpu_blocks,
-        "capacity": made.cache_config.kv_cache_size_tokens,
+        "cache": cache, "device": vllm.platforms.current_platform.get_device_name(), "vllm": vllm.__version__,
+        "torch": torch.__version__, "graphs": str(made.compilation_config.cudagraph_mode), "start_s": ready,
+        "blocks": made.cache_config.num_gpu_blocks, "capacity": made.cache_config.kv_cache_size_tokens,
     }  # fmt: skip
     for batch, length in shapes:
         decode(llm, batch, min(length, 256), 16, config["vocab_size"])  # what is compiled at first use

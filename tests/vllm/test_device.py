@@ -17,13 +17,13 @@ import test_cache_blocks
 
 if torch.cuda.is_available():
     test_cache_blocks.D = 128  # the CUDA kernels have no 32
-from test_cache_blocks import D, Engine, G, H, SCALE, stream
+from test_cache_blocks import SCALE, D, Engine, G, H, stream
 
 from turboquant.integrations.vllm import device, prompt
-from turboquant.integrations.vllm.carry import Carrier
 from turboquant.integrations.vllm.plan import NULL
 from turboquant.integrations.vllm.tail import pool
 from turboquant.kernels import ops
+from turboquant.kernels.triton.carry import Carrier
 from turboquant.layers.cache import LayerCache
 from turboquant.recipe import parse_recipe
 
@@ -64,7 +64,7 @@ class DeviceEngine(Engine):
         self.pool = self.pool.to(DEVICE)
         self.tail.bind_kv_cache(self.pool)
         self.blocks = pool(self.pool)
-        self.tail.carrier = Carrier(self.layout, self.blocks)
+        self.tail.carrier = Carrier(self.layout.page(self.layout.row), self.layout.tokens, self.blocks, self.tail.views)
         self.steps = device.Steps(self.layout, self.spec.interval, 8, torch.device(DEVICE))
         self.page_table = torch.zeros(0, 0, dtype=torch.int32, device=DEVICE)
         self.impl.nonfinite = self.impl.nonfinite.to(DEVICE)
@@ -81,7 +81,7 @@ class DeviceEngine(Engine):
         self.page_table = device.kept(self.page_table, page, 8, -1)
         step = self.steps.build(m, tail, lengths.tolist())
         if padding:  # as a captured graph runs it
-            step.work[:] = [device.Decode(slice(0, len(counts)), slice(0, len(counts)), 1)]
+            step.work[:] = [device.Rows(0, 0, len(counts), 1)]
         extra = torch.full((padding,), 7.0, dtype=BF16)
         q, k, v = (torch.cat([w[i] for w in work] + [extra[:, None, None].expand(-1, h, D)]) for i, h in
                    ((2, H * G), (3, H), (4, H)))  # fmt: skip

@@ -10,6 +10,7 @@ pieces of a plan do not matter for that where the ring holds a page, which is wh
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -59,12 +60,29 @@ def graphs(layout: BlockLayout, config: Any) -> AttentionCGSupport:
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Rows of equal numbers of new tokens that follow one another. rows, tokens: slices of the step. n: tokens each."""
+class Rows:
+    """Requests of equal numbers of new tokens that follow one another, from `row` and `token` of the step on.
 
-    rows: slice
-    tokens: slice
+    Attributes:
+        count: of the rows. n: tokens of each.
+    """
+
+    row: int
+    token: int
+    count: int
     n: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.count)
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.token, self.token + self.count * self.n)
+
+    def each(self) -> "list[Rows]":
+        """One by one."""
+        return [Rows(self.row + i, self.token + i * self.n, 1, self.n) for i in range(self.count)]
 
 
 @dataclass
@@ -78,7 +96,7 @@ class Step:
 
     table: Tensor
     start: Tensor
-    work: list[Decode | Prompt] = field(default_factory=list)
+    work: list[Rows | Prompt] = field(default_factory=list)
 
 
 class Steps:
@@ -105,8 +123,8 @@ class Steps:
         self.table = kept(self.table, table, len(self.start), 0)
         self.start[:rows] = m.seq_lens[:rows] - m.query_start_loc.diff()[:rows]
         step = Step(self.table[:rows], self.start[:rows])
-        runs = self._runs(counts)
-        if all(isinstance(run, Decode) for run in runs):
+        runs, most = rows_of(counts), most_tokens(self.layout)
+        if all(run.n <= most for run in runs):
             step.work.extend(runs)
             return step
         if lengths is None:
@@ -115,34 +133,29 @@ class Steps:
         after = order(self.layout, starts, counts, table)
         for now in range(max(after) + 1):
             for run in runs:
-                some = range(run.rows.start, run.rows.stop) if isinstance(run, Decode) else (run[0],)
-                here = [r for r in some if after[r] == now]
-                if isinstance(run, Decode) and len(here) == len(some):
-                    step.work.append(run)
-                elif isinstance(run, Decode):  # one by one: some of them wait for others
-                    first = run.tokens.start - run.rows.start * run.n
-                    at = lambda r, run=run, first=first: first + r * run.n  # noqa: E731
-                    step.work += [Decode(slice(r, r + 1), slice(at(r), at(r) + run.n), run.n) for r in here]
-                elif here:
-                    row, token = run
-                    step.work.append(Prompt.of(self.layout, row, token, starts[row], counts[row], self.interval, self.device))
+                here = [one for one in run.each() if after[one.row] == now]
+                for some in [run] if len(here) == run.count and run.n <= most else here:
+                    prompt = some.n > most and Prompt.of(
+                        self.layout, some.row, some.token, starts[some.row], some.n, self.interval, self.device
+                    )
+                    step.work.append(prompt or some)
         return step
 
-    def _runs(self, counts: Sequence[int]) -> list[Any]:
-        """Decode for rows of equal counts, (row, first token) for prompts."""
-        out: list[Any] = []
-        row, token, most = 0, 0, most_tokens(self.layout)
-        while row < len(counts):
-            n, last = counts[row], row + 1
-            if n > most:
-                out.append((row, token))
-            elif n:
-                while last < len(counts) and counts[last] == n:
-                    last += 1
-                out.append(Decode(slice(row, last), slice(token, token + n * (last - row)), n))
-            token += n * (last - row)
-            row = last
-        return out
+
+def rows_of(counts: Sequence[int]) -> list[Rows]:
+    """The requests of a step, those of equal counts together.
+
+    >>> rows_of([1, 1, 5, 0, 0])
+    [Rows(row=0, token=0, count=2, n=1), Rows(row=2, token=2, count=1, n=5)]
+    """
+    out: list[Rows] = []
+    row = token = 0
+    for n, same in groupby(counts):
+        count = len(list(same))
+        if n:
+            out.append(Rows(row, token, count, n))
+        row, token = row + count, token + count * n
+    return out
 
 
 def kept(buffer: Tensor, table: Tensor, most: int, none: int) -> Tensor:
@@ -166,17 +179,23 @@ def run(impl: Any, step: Step, pages: Tensor, page_table: Tensor, q: Tensor, k: 
         q, out: (T, Hq, d), k, v: (T, H, d).
     """
     carrier, page = impl.tail.carrier, impl.layout.page(pages.shape[2])
-    for work in step.work:
-        if isinstance(work, Prompt):
-            x, table = slice(work.row, work.row + 1), slice(work.token, work.token + work.n)
-            attend(impl, work, pages, page_table[x], step.table[x], step.start[x], q[table], k[table], v[table], out[table])
+    for w in step.work:
+        if isinstance(w, Rows):  # all of them first: see `carry`
+            carrier.put(step.table[w.rows], step.start[w.rows], heads_of(k, w), heads_of(v, w))
+    for w in step.work:
+        own = w.rows
+        page_ids, table, start = page_table[own], step.table[own], step.start[own]
+        if isinstance(w, Prompt):
+            attend(impl, w, pages, page_ids, table, start, q[w.tokens], k[w.tokens], v[w.tokens], out[w.tokens])
             continue
-        rows, n = work.rows, work.n
-        table, start = step.table[rows], step.start[rows]
-        qs, ks, vs = (x[work.tokens].unflatten(0, (-1, n)).transpose(1, 2) for x in (q, k, v))  # (G, heads, n, d)
-        carrier.put(table, start, ks, vs)
-        buf = carrier.gather(pages, page_table[rows], table, start)
-        y = ops.cache_attention(buf, page, qs, ks, vs, None, None, impl.scale, impl.window, impl.softcap, impl.sinks)
-        ops.cache_append(buf, page, qs, ks, vs, None)
-        carrier.keep(buf, table, start, n, impl.nonfinite)
-        out[work.tokens] = y.transpose(1, 2).flatten(0, 1)
+        args = (heads_of(q, w), heads_of(k, w), heads_of(v, w), None)
+        buf = carrier.gather(pages, page_ids, table, start)
+        y = ops.cache_attention(buf, page, *args, None, impl.scale, impl.window, impl.softcap, impl.sinks)
+        ops.cache_append(buf, page, *args)
+        carrier.keep(buf, table, start, w.n, impl.nonfinite)
+        out[w.tokens] = y.transpose(1, 2).flatten(0, 1)
+
+
+def heads_of(x: Tensor, work: Rows) -> Tensor:
+    """(T, heads, d) -> (G, heads, n, d) of the rows' tokens."""
+    return x[work.tokens].unflatten(0, (-1, work.n)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Attention of a prompt's tokens on a GPU: packed pages through a bounded 16-bit workspace, the newest tokens as they came.
+"""Attention of a prompt's tokens on a GPU: packed pages through a bounded 16-bit workspace, the newest as they came.
 
 The query at t reads token j in 16 bit if j > t - R or j is a sink, else packed: two products of vLLM's flash attention
 (causal to t - R, with the sinks put into the workspace as they are; a window of R tokens), merged by logsumexp.
@@ -7,6 +7,7 @@ The query at t reads token j in 16 bit if j > t - R or j is a sink, else packed:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,6 +38,14 @@ class Prompt:
     chunks: Sequence[tuple[int, int]]
     recent: Tensor
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row + 1)
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.token, self.token + self.n)
+
     @classmethod
     def of(
         cls, layout: BlockLayout, row: int, token: int, start: int, n: int, interval: int, device: torch.device
@@ -46,12 +55,10 @@ class Prompt:
         cuts = [p - start for p in range((start // interval + 1) * interval, end, interval)] if interval else []
         ends = [0, *cuts, n]
         recent = torch.arange(max(0, start - kv.ring + 1), start, device=device) % kv.ring_slots
-        return cls(row, token, start, n, list(zip(ends[:-1], ends[1:], strict=True)), recent)
+        return cls(row, token, start, n, list(pairwise(ends)), recent)
 
 
-def flash(
-    impl: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None
-) -> tuple[Tensor, Tensor]:
+def flash(impl: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None) -> tuple[Tensor, Tensor]:
     """vLLM's flash attention of one sequence, the last query at the last key.
 
     Args:
@@ -93,13 +100,16 @@ def attend(
     near = [torch.cat([ring[0].index_select(1, prompt.recent).transpose(0, 1), x.to(ring.dtype)])
             for ring, x in ((buf.ring_k, k), (buf.ring_v, v))]  # fmt: skip
     for first, last in prompt.chunks:
-        ops.cache_append(buf, page, *(x[:, :, first:last] for x in (qs, ks, vs)), None)
+        part = slice(first, last)
+        ops.cache_append(buf, page, qs[:, :, part], ks[:, :, part], vs[:, :, part], None)
         carrier.keep(buf, table, start + first, last - first, impl.nonfinite)
         buf.nonfinite.zero_()
     out.copy_(attention(impl, prompt, page, buf, q.to(impl.layout.dtype), near[0], near[1]))
 
 
-def attention(impl: Any, prompt: Prompt, page: PageLayout, buf: CacheBuffers, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(
+    impl: Any, prompt: Prompt, page: PageLayout, buf: CacheBuffers, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
     """(n, Hq, d) of a prompt whose pages are there.
 
     Args:

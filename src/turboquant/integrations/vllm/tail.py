@@ -89,9 +89,9 @@ class Tail(AttentionLayerBase):
         blocks = pool(kv_cache)
         self.views = self.layout.views(blocks)
         if serves(self.layout, kv_cache.device):
-            from turboquant.integrations.vllm.carry import Carrier  # needs Triton
+            from turboquant.kernels.triton.carry import Carrier  # needs Triton
 
-            self.carrier = Carrier(self.layout, blocks)
+            self.carrier = Carrier(self.layout.page(blocks.shape[2]), self.layout.tokens, blocks, self.views)
         self.heads = torch.arange(kv_cache.shape[1], device=kv_cache.device)[None, :, None]
 
     def _places(self, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

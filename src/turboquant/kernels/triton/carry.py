@@ -1,9 +1,11 @@
-"""Tail blocks -> CacheBuffers and back in Triton, every row at the position that stands on the device.
+"""CacheBuffers of rows whose 16-bit tail lies in blocks of a pool (integrations/vllm/blocks.py), and back.
 
+Every row stands at a position and has a table of blocks that the device knows.
 Nothing is read back to the host, so a step can be captured in a CUDA graph. `put` runs before `gather`: a row may begin
 where another row of the step has just ended (a prefix hit), and then finds that row's tokens in the tail.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -11,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
+from turboquant.packed.page import PageLayout
 
 _STATES, _STRIDE = tl.constexpr(STATES), tl.constexpr(READER_STRIDE)
 SIZES = ("n", "width")  # change from call to call
@@ -138,31 +140,33 @@ def _keep(
 
 
 class Carrier:
-    """The way of one layer's rows between tail blocks and CacheBuffers.
+    """The way of a layer's rows between tail blocks and CacheBuffers.
 
     Args:
-        layout: of the blocks.
-        pool: (N, H, row) uint8, every block of vLLM's pool, as `tail.pool` gives it.
+        layout: of a page in a block.
+        tokens: of a tail block.
+        pool: (N, H, row) uint8, every block.
+        parts: k, v, readers in the model's dtype and tracker in fp32, views of `pool`: where they lie in a block.
     """
 
-    def __init__(self, layout: BlockLayout, pool: Tensor) -> None:
-        kv, d, t = layout.kv, layout.head_dim, layout.tokens
-        parts = layout.views(pool[:1])
-        item, share = layout.dtype.itemsize, parts["tracker"].shape[-1]
-        at = {name: p.storage_offset() - pool.storage_offset() // p.itemsize for name, p in parts.items()}
-        assert at["k"] == 0 and at["v"] == t * d, "keys come first in a tail block, then values"
-        self.layout, self.heads, self.device = layout, pool.shape[1], pool.device
-        self.rows, self.states = pool.view(layout.dtype), pool.view(torch.float32)
+    def __init__(self, layout: PageLayout, tokens: int, pool: Tensor, parts: Mapping[str, Tensor]) -> None:
+        kv, d, k = layout.kv, layout.head_dim, parts["k"]
+        share = parts["tracker"].shape[-1]
+        at = {name: x.storage_offset() - pool.storage_offset() // x.itemsize for name, x in parts.items()}
+        assert at["k"] == 0 and at["v"] == tokens * d, "keys come first in a tail block, then values"
+        self.layout, self.tokens, self.heads, self.device = layout, tokens, pool.shape[1], pool.device
+        self.rows, self.states = pool.view(k.dtype), pool.view(torch.float32)
         samples = (kv.page + kv.rewind) // READER_STRIDE + 1
-        self._blocks = -(-(max(kv.ring, kv.page) - 1) // t) + 1  # that the ring's newest tokens can touch
-        self._sizes = {"H": self.heads, "D": d, "DP": triton.next_power_of_2(d), "T": t, "ROW": pool.shape[2] // item}
-        self._state = self._sizes | {
-            "WORDS": pool.shape[2] // 4, "P": kv.page, "J": samples, "JP": triton.next_power_of_2(samples),
+        self.ring_blocks = -(-(max(kv.ring, kv.page) - 1) // tokens) + 1  # that the tokens read in 16 bit can touch
+        sizes = {"H": self.heads, "D": d, "DP": triton.next_power_of_2(d), "T": tokens, "ROW": self.rows.shape[2]}
+        keep = sizes | {
+            "WORDS": self.states.shape[2], "P": kv.page, "J": samples, "JP": triton.next_power_of_2(samples),
             "AT_READERS": at["readers"], "AT_STATE": at["tracker"], "SHARE": share,
             "SHARE_P": triton.next_power_of_2(share),
         }  # fmt: skip
         sinks = triton.next_power_of_2(max(1, kv.sinks))
-        self._all = self._state | {"R": kv.ring, "C": kv.ring_slots, "S": kv.sinks, "SP": sinks}
+        gather = keep | {"R": kv.ring, "C": kv.ring_slots, "S": kv.sinks, "SP": sinks}
+        self.constants = {_put: sizes, _keep: keep, _gather: gather}
 
     def put(self, table: Tensor, start: Tensor, k: Tensor, v: Tensor) -> None:
         """Store new keys and values (G, H, n, d) of rows at `start`, as far as there are blocks for them.
@@ -171,24 +175,21 @@ class Carrier:
             table: (G, M) int32, tail blocks of the rows. start: (G,) int64.
         """
         g, h, n, _ = k.shape
-        blocks = -(-(n - 1) // self.layout.tokens) + 1
+        blocks = -(-(n - 1) // self.tokens) + 1
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-        _put[(blocks, h, g)](
-            self.rows, table, start, k, v, n, table.shape[1], *k.stride()[:3], *v.stride()[:3], **self._sizes, num_warps=4
-        )
+        strides = (*k.stride()[:3], *v.stride()[:3])
+        _put[(blocks, h, g)](self.rows, table, start, k, v, n, table.shape[1], *strides, **self.constants[_put])
 
     def gather(self, pages: Tensor, page_table: Tensor, table: Tensor, start: Tensor) -> CacheBuffers:
         """The buffers of rows as they are before their new tokens, as far as these read them."""
-        new = {n: torch.empty(s, dtype=t, device=self.device) for n, (s, t) in self._specs(pages, len(start)).items()}
+        specs = _specs(self.layout, len(start), self.heads, self.rows.dtype)
+        new = {name: torch.empty(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in specs.items()}
         buf = CacheBuffers(pages=pages, table=page_table, **new)
-        _gather[(self._blocks + 2, self.heads, len(start))](
+        _gather[(self.ring_blocks + 2, self.heads, len(start))](
             self.rows, self.states, table, start, buf.length, buf.nonfinite, buf.ring_k, buf.ring_v, buf.sink_k,
-            buf.sink_v, buf.readers, buf.tracker, table.shape[1], **self._all, num_warps=4,
+            buf.sink_v, buf.readers, buf.tracker, table.shape[1], **self.constants[_gather],
         )  # fmt: skip
         return buf
-
-    def _specs(self, pages: Tensor, rows: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        return _specs(self.layout, pages.shape[2], rows, self.heads)
 
     def keep(self, buf: CacheBuffers, table: Tensor, start: Tensor, n: int, total: Tensor) -> None:
         """Store what `cache_append` of n tokens to rows at `start` has added beside keys and values.
@@ -198,11 +199,13 @@ class Carrier:
         """
         _keep[(self.heads, len(start))](
             self.rows, self.states, table, start, buf.nonfinite, total, buf.readers, buf.tracker, n, table.shape[1],
-            **self._state, num_warps=4,
+            **self.constants[_keep],
         )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
-def _specs(layout: BlockLayout, row: int, rows: int, heads: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    specs = CacheBuffers.specs(layout.page(row), rows, heads, layout.dtype)
+def _specs(
+    layout: PageLayout, rows: int, heads: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    specs = CacheBuffers.specs(layout, rows, heads, dtype)
     return {name: spec for name, spec in specs.items() if name not in ("pages", "table")}
