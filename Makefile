@@ -75,8 +75,9 @@ test-oldest: $(OLDEST)/.stamp-test
 	$(OLDEST)/bin/python -m pytest -q --durations=5 tests/transformers $(PYTEST_ARGS)
 
 ifneq ($(HAS_VLLM),)
-test-vllm: $(VLLM)/.stamp-test
+test-vllm: $(VLLM)/.stamp-test $(if $(HAS_TRITON),$(VLLM)/triton/.stamp)
 	$(VLLM)/bin/python -m pytest -q --durations=10 tests/vllm $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(if $(HAS_TRITON),PYTHONPATH=$(VLLM)/triton TRITON_INTERPRET=1 $(VLLM)/bin/python -m pytest -q --durations=5 tests/vllm/test_device.py))
 else
 test-vllm:
 	@echo "[test-vllm] vLLM for CPUs needs Python 3.11 on x86-64 Linux (VLLM_PYTHON=...): its tests did not run"
@@ -146,9 +147,9 @@ $(VENV)/.stamp-test: $(PINS) | $(VENV)/bin/pip
 	$(call install,$(VENV),constraints.txt,gguf$(comma)test$(comma)dev)
 	@touch $(VENV)/.stamp-demo
 
-$(TRITON)/.stamp: Makefile | $(VENV)/.stamp-test
-	@echo "[$(TRITON)] $(TRITON_PINS)"
-	@$(VENV)/bin/python -m pip install -qq --upgrade --no-deps --target $(TRITON) $(TRITON_PINS)
+%/triton/.stamp: Makefile | %/.stamp-test
+	@echo "[$(@D)] $(TRITON_PINS)"
+	@$*/bin/python -m pip install -qq --upgrade --no-deps --target $(@D) $(TRITON_PINS)
 	@touch $@
 
 $(OLDEST)/.stamp-test: $(PINS) $(OLDEST)/constraints.txt

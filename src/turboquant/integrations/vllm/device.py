@@ -35,6 +35,10 @@ def refusal(layout: BlockLayout, device: torch.device) -> str | None:
         name, why = ops.choose(op, layout.page(layout.row), device, ops.Chunk(layout.dtype))
         if name not in ("cuda", "triton"):
             return f"{op} runs on {name}: {why}"
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    if device.type == "cuda" and get_flash_attn_version(head_size=layout.head_dim) is None:
+        return f"vLLM has no flash attention for head_dim {layout.head_dim} here"
     return None
 
 

@@ -74,7 +74,7 @@ def flash(impl: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | 
         q, k, v, max_seqlen_q=len(q), cu_seqlens_q=ends[0], max_seqlen_k=len(k), cu_seqlens_k=ends[1],
         softmax_scale=impl.scale, causal=causal, window_size=[-1 if left is None else left, 0 if causal else -1],
         softcap=impl.softcap or 0.0, return_softmax_lse=True,
-        fa_version=get_flash_attn_version(head_size=q.shape[2], requires_softcap=impl.softcap is not None),
+        fa_version=get_flash_attn_version(head_size=q.shape[2]),
     )  # fmt: skip
     return out, lse
 
