@@ -1,5 +1,6 @@
 """The 16-bit tail of a layer: a companion layer whose KV cache vLLM manages, and its way into CacheBuffers and back."""
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 
 from turboquant.integrations.vllm import metrics
 from turboquant.integrations.vllm.blocks import BlockLayout
-from turboquant.integrations.vllm.device import Step, Steps, graphs, serves
+from turboquant.integrations.vllm.device import Step, Steps, graphs, refusal, serves
 from turboquant.integrations.vllm.plan import NULL, Call, plan
 from turboquant.integrations.vllm.spec import TailSpec
 from turboquant.packed.buffers import CacheBuffers
@@ -147,6 +148,9 @@ class TailBuilder(AttentionMetadataBuilder[Any]):
         # the host's lengths are exact but where drafts are accepted on the device while the next step is scheduled
         self.exact = not (vllm_config.scheduler_config.async_scheduling and vllm_config.speculative_config)
         self.steps: Steps | None = None
+        why = refusal(self.layout, device)
+        if device.type == "cuda" and why is not None:
+            warnings.warn(f"turboquant's cache is attended to eagerly, outside of CUDA graphs: {why}", stacklevel=2)
         if serves(self.layout, device):
             self.steps = Steps(self.layout, kv_cache_spec.interval, vllm_config.scheduler_config.max_num_seqs, device)
 

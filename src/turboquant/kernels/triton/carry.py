@@ -62,46 +62,50 @@ def _gather(
     c = tl.arange(0, DP)
     real = (c < D)[None, :]
     head = b.to(tl.int64) * H + h
+    i = tl.arange(0, T)
     if z < ring_blocks:
         first = tl.maximum(0, tl.minimum(start - R + 1, start // P * P))
         block = first // T + z
         if block * T < start:
-            position = block * T + tl.arange(0, T)
-            some = (position >= first) & (position < start)
-            at = (_block(table, width, b, block, block >= 0) * H + h) * ROW + tl.arange(0, T)[:, None] * D + c[None, :]
-            to = (head * C + position % C)[:, None] * D + c[None, :]
-            see = some[:, None] & real
-            tl.store(ring_k + to, tl.load(pool + at, mask=see), mask=see)
-            tl.store(ring_v + to, tl.load(pool + at + T * D, mask=see), mask=see)
+            position = block * T + i
+            see = ((position >= first) & (position < start))[:, None] & real
+            id_ = _block(table, width, b, block, block >= 0)
+            source = pool + (id_ * H + h) * ROW + i[:, None] * D + c[None, :]
+            slot = (head * C + position % C)[:, None] * D + c[None, :]
+            tl.store(ring_k + slot, tl.load(source, mask=see), mask=see)
+            tl.store(ring_v + slot, tl.load(source + T * D, mask=see), mask=see)
     elif z == ring_blocks:
-        if (h == 0) & (b >= 0):
+        if h == 0:
             tl.store(length + b, start.to(tl.int64))
-            tl.store(nonfinite + b, tl.zeros((), tl.int64))
+            tl.store(nonfinite + b, start.to(tl.int64) * 0)
         if S > 0:
             sink = tl.arange(0, SP)
-            some = (sink < S) & (sink < start)
-            at = (_block(table, width, b, sink // T, some) * H + h) * ROW
-            at = (at + sink % T * D)[:, None] + c[None, :]
-            to = (head * S + sink)[:, None] * D + c[None, :]
-            see = some[:, None] & real
-            tl.store(sink_k + to, tl.load(pool + at, mask=see), mask=see)
-            tl.store(sink_v + to, tl.load(pool + at + T * D, mask=see), mask=see)
+            early = (sink < S) & (sink < start)
+            sink_row = (_block(table, width, b, sink // T, early) * H + h) * ROW + sink % T * D
+            sink_source = pool + sink_row[:, None] + c[None, :]
+            sink_slot = (head * S + sink)[:, None] * D + c[None, :]
+            kept = early[:, None] & real
+            tl.store(sink_k + sink_slot, tl.load(sink_source, mask=kept), mask=kept)
+            tl.store(sink_v + sink_slot, tl.load(sink_source + T * D, mask=kept), mask=kept)
     else:
-        sample = start // _STRIDE - 1 - tl.arange(0, JP)
-        some = (sample >= 0) & (tl.arange(0, JP) < J)
-        position = sample * _STRIDE
-        at = (_block(table, width, b, position // T, some) * H + h) * ROW + AT_READERS + position % T // _STRIDE * D
-        to = (head * J + (sample + J) % J)[:, None] * D + c[None, :]
-        see = some[:, None] & real
-        tl.store(readers + to, tl.load(pool + at[:, None] + c[None, :], mask=see), mask=see)
+        n = tl.arange(0, JP)
+        sample = start // _STRIDE - 1 - n
+        taken = (sample >= 0) & (n < J)
+        token = sample * _STRIDE
+        sample_row = (_block(table, width, b, token // T, taken) * H + h) * ROW + token % T // _STRIDE * D
+        sample_source = pool + AT_READERS + sample_row[:, None] + c[None, :]
+        sample_slot = (head * J + (sample + J) % J)[:, None] * D + c[None, :]
+        wanted = taken[:, None] & real
+        tl.store(readers + sample_slot, tl.load(sample_source, mask=wanted), mask=wanted)
         page = start // P - 1
         if page >= 0:
             e = tl.arange(0, SHARE_P)
-            to = ((b.to(tl.int64) * _STATES + page % _STATES) * H + h) * 3 * D + e
-            for i in tl.static_range(P // T):
-                at = (_block(table, width, b, page * (P // T) + i, page >= 0) * H + h) * WORDS + AT_STATE
-                see = (e < SHARE) & (i * SHARE + e < 3 * D)
-                tl.store(tracker + to + i * SHARE, tl.load(states + at + e, mask=see), mask=see)
+            state = tracker + ((b.to(tl.int64) * _STATES + page % _STATES) * H + h) * 3 * D + e
+            for share in tl.static_range(P // T):
+                share_id = _block(table, width, b, page * (P // T) + share, page >= 0)
+                own = (e < SHARE) & (share * SHARE + e < 3 * D)
+                part = tl.load(states + (share_id * H + h) * WORDS + AT_STATE + e, mask=own)
+                tl.store(state + share * SHARE, part, mask=own)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -119,8 +123,9 @@ def _keep(
     here = _block(table, width, b, (end - 1) // T, n > 0) != 0  # padding of a captured batch has no block
     if here & (h == 0):
         tl.atomic_add(total, tl.load(nonfinite + b))
-    sample = end // _STRIDE - 1 - tl.arange(0, JP)
-    some = (sample >= start // _STRIDE) & (tl.arange(0, JP) < J)
+    i = tl.arange(0, JP)
+    sample = end // _STRIDE - 1 - i
+    some = (sample >= start // _STRIDE) & (i < J)
     position = sample * _STRIDE
     block = _block(table, width, b, position // T, some)
     to = (block * H + h) * ROW + AT_READERS + position % T // _STRIDE * D
@@ -131,12 +136,12 @@ def _keep(
     for back in tl.static_range(_STATES):
         page = end // P - 1 - back
         if here & (page >= start // P):
-            at = ((b.to(tl.int64) * _STATES + page % _STATES) * H + h) * 3 * D + e
-            for i in tl.static_range(P // T):
-                block = _block(table, width, b, page * (P // T) + i, page >= 0)
-                see = (e < SHARE) & (i * SHARE + e < 3 * D) & (block != 0)
-                x = tl.load(tracker + at + i * SHARE, mask=see)
-                tl.store(states + (block * H + h) * WORDS + AT_STATE + e, x, mask=see)
+            state = tracker + ((b.to(tl.int64) * _STATES + page % _STATES) * H + h) * 3 * D + e
+            for share in tl.static_range(P // T):
+                share_id = _block(table, width, b, page * (P // T) + share, page >= 0)
+                own = (e < SHARE) & (share * SHARE + e < 3 * D) & (share_id != 0)
+                part = tl.load(state + share * SHARE, mask=own)
+                tl.store(states + (share_id * H + h) * WORDS + AT_STATE + e, part, mask=own)
 
 
 class Carrier:
