@@ -91,14 +91,14 @@ class DeviceEngine(Engine):
         return list(out.cpu().split([len(w[2]) for w in work] + [1] * padding))[: len(work)]
 
 
-def expected(recipe, streams, window=None, softcap=None):
+def expected(recipe, streams, window=None, softcap=None, sinks=None):
     """Outputs and pages of our own cache on the reference, every row reading what a decode step would."""
     out = []
     for rows in streams:
         cache = LayerCache(parse_recipe(recipe).kv, window)
         q, k, v = (x.transpose(0, 1)[None] for x in rows)
         with ops.use_backend("reference"):
-            o = cache.step(q, k, v, scaling=SCALE, softcap=softcap, row_exact=True)
+            o = cache.step(q, k, v, scaling=SCALE, softcap=softcap, sink_logits=sinks, row_exact=True)
         ids = [i for i in cache._pages[0] if i >= 0]
         out.append((o[0].transpose(0, 1), cache.buf.pages[ids]))
     return out
@@ -119,20 +119,21 @@ def near(got, want):
 
 
 @pytest.mark.parametrize(
-    "recipe,window,softcap",
+    "recipe,window,softcap,sinks",
     [
-        ("kv4", None, None),
-        ("kv4", 150, None),
-        ("kv4", 100, None),
-        ("k4v3:ring=80,sinks=20,page=32,rewind=8", None, 5.0),
-        ("plain3:ring=64,sinks=0", None, None),
+        ("kv4", None, None, None),
+        ("kv4", 150, None, None),
+        ("kv4", 100, None, None),
+        ("k4v3:ring=80,sinks=20,page=32,rewind=8", None, 5.0, None),
+        ("plain3:ring=64,sinks=0", None, None, torch.arange(4) / 2),
     ],
 )
-def test_any_schedule_gives_the_bytes_and_outputs_of_our_own_cache(recipe, window, softcap):
+def test_any_schedule_gives_the_bytes_and_outputs_of_our_own_cache(recipe, window, softcap, sinks):
     rng = random.Random(1)
     lengths = [230, 70]
     streams = [stream(n, i, BF16) for i, n in enumerate(lengths)]
     engine, done = DeviceEngine(recipe, window=window, softcap=softcap), [0] * 2
+    engine.impl.sinks = None if sinks is None else sinks.to(DEVICE)
     outputs = [torch.full_like(s[0], torch.nan) for s in streams]
     while any(d < n for d, n in zip(done, lengths, strict=True)):
         work = []
@@ -145,7 +146,7 @@ def test_any_schedule_gives_the_bytes_and_outputs_of_our_own_cache(recipe, windo
         for (name, start, q, *_), out in zip(work, engine.step(work), strict=True):
             outputs[int(name)][start : start + len(q)] = out
             done[int(name)] = start + len(q)
-    for i, (want, pages) in enumerate(expected(recipe, streams, window, softcap)):
+    for i, (want, pages) in enumerate(expected(recipe, streams, window, softcap, sinks)):
         near(outputs[i], want)
         if window is None:
             same(engine, str(i), lengths[i], pages)

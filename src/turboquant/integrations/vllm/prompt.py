@@ -6,7 +6,7 @@ The query at t reads token j in 16 bit if j > t - R or j is a sink, else packed:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -69,14 +69,20 @@ def flash(impl: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | 
     """
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-    ends = [torch.tensor([0, len(x)], dtype=torch.int32, device=q.device) for x in (q, k)]
+    of_q, of_k = (_ends(len(x), q.device) for x in (q, k))
     out, lse = flash_attn_varlen_func(
-        q, k, v, max_seqlen_q=len(q), cu_seqlens_q=ends[0], max_seqlen_k=len(k), cu_seqlens_k=ends[1],
+        q, k, v, max_seqlen_q=len(q), cu_seqlens_q=of_q, max_seqlen_k=len(k), cu_seqlens_k=of_k,
         softmax_scale=impl.scale, causal=causal, window_size=[-1 if left is None else left, 0 if causal else -1],
         softcap=impl.softcap or 0.0, return_softmax_lse=True,
         fa_version=get_flash_attn_version(head_size=q.shape[2]),
     )  # fmt: skip
     return out, lse
+
+
+@lru_cache(maxsize=1024)
+def _ends(length: int, device: torch.device) -> Tensor:
+    """One sequence, as flash attention takes it; every layer of a step asks for the same."""
+    return torch.tensor([0, length], dtype=torch.int32, device=device)
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
