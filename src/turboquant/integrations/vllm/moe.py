@@ -132,6 +132,7 @@ class TurboQuantMoEMethod(FusedMoEMethodBase):
             layer.register_parameter(name, torch.nn.Parameter(w, requires_grad=False))
         slot = Slot(layer, name, tuple(w.shape), self.recipe, "meta")
         slot.load(w)
+        getattr(layer, name).weight_loader = self.readers[name].load  # for what comes of other ranks' experts
         self._ready(name, slot)
 
     def _ready(self, name: str, slot: Slot) -> None:
@@ -159,6 +160,8 @@ class TurboQuantMoEMethod(FusedMoEMethodBase):
         """
         for reader in self.readers.values():
             reader.finish(self.dummy)
+        for name in () if self.packed else self.readers:
+            del getattr(layer, name).weight_loader
         tensors = {key: getattr(layer, key).data for key in self.readers} if self.packed else {}
         for key in (*tensors, *self.trackers):
             delattr(layer, key)
