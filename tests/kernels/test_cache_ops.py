@@ -261,3 +261,21 @@ def test_a_prompt_longer_than_the_window_stores_the_window_only(tokens):
     assert live == [i for i, page in enumerate(parts._pages[0]) if page >= 0]
     for i in live:
         assert torch.equal(whole.buf.pages[whole._pages[0][i]], parts.buf.pages[parts._pages[0][i]])
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_pages_that_nobody_reads_may_hold_anything(backend, tokens):
+    """The table of the shorter of two sequences names a page that was never written: vLLM's does."""
+    cache = LayerCache(parse_recipe(f"kv4:{SMALL}").kv)
+    q, k, v = (torch.stack(t) for t in zip(tokens(4, 2, 100, 16), tokens(4, 2, 100, 16, seed=1), strict=True))
+    cache.step(q, k, v, valid=torch.arange(100) < torch.tensor([[100], [30]]))
+    q, k, v = (t[:, :, :1] for t in (q, k, v))
+    buf = cache.buf
+    with ops.use_backend(backend):
+        want = ops.cache_attention(buf, cache.layout, q, k, v, scaling=0.2)
+        buf.pages = torch.cat([buf.pages, torch.full_like(buf.pages[:1], 255)])
+        buf.table = torch.where(
+            torch.arange(buf.table.shape[1]) < buf.length[:, None] // 16, buf.table, len(buf.pages) - 1
+        )
+        assert buf.table[1, 4] == len(buf.pages) - 1, "row 0 reads its page there"
+        assert torch.equal(ops.cache_attention(buf, cache.layout, q, k, v, scaling=0.2), want)

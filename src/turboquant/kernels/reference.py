@@ -272,6 +272,8 @@ def cache_attention(
         j = torch.arange(first * size, (first + ids.shape[1]) * size, device=device).view(1, 1, -1)
         see = (j >= sinks) & (j < packed_end) & (j <= t - kv.ring) & in_window(j)
         see = see & (ids >= 0).repeat_interleave(size, 1).unsqueeze(1)
+        read = see.any(1).unflatten(1, (-1, size)).any(2)  # nobody decodes a page of which nothing is read
+        pages = torch.where(read[:, None, :, None], pages, 0)
         soft.add(decode_page_keys(layout, pages).flatten(2, 3), decode_page_values(layout, pages).flatten(2, 3), see)
 
     if longest:
