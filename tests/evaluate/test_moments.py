@@ -1,5 +1,6 @@
 """Words that a model says for its own error feedback: what is kept of them in a file."""
 
+import copy
 import json
 
 import pytest
@@ -41,6 +42,8 @@ def test_words_of_something_else_are_refused(tiny_llama, tmp_path):
             own_words(tiny_llama, 64, 8, file=file)
     finally:
         weight[-1, -1] -= 1
+    with pytest.raises(FeedbackError, match="a model in float32, not bfloat16"):
+        own_words(copy.deepcopy(tiny_llama).bfloat16(), 64, 8, file=file)
     file.write_text("[]")
     with pytest.raises(FeedbackError, match="no words"):
         own_words(tiny_llama, 64, 8, file=file)

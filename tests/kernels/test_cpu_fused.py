@@ -1,5 +1,7 @@
 """Norm or gate, rotation and rounding in one native pass; several products, or a whole MLP, in one native call."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -124,6 +126,16 @@ def test_several_products_are_each_by_itself(dtype, m, known, monkeypatch):
     got = on_every_isa(monkeypatch, lambda: kernels.linears(x, pairs, A8, state))
     for y, (w, bias) in zip(got, pairs, strict=True):
         assert y.shape == (2, m, w.shape[0]) and torch.equal(y, kernels.linear(x, w, bias, A8, LinearState()))
+
+
+def test_tensors_that_are_not_on_the_cpu_are_refused():
+    ((w, _),) = weights((16,), 96, 4, 32, torch.float32)
+    for name in ("codes", "scale", "zero"):
+        away = replace(w, **{name: getattr(w, name).to("meta")})
+        with pytest.raises(ValueError, match="on the CPU, not on meta"):
+            kernels.linears(torch.randn(3, 96), [(w, None), (away, None)], A8, LinearState())
+    with pytest.raises(ValueError, match="on the CPU, not on meta"):
+        kernels.linear(torch.randn(3, 96), w, torch.randn(16).to("meta"), A8, LinearState())
 
 
 def test_widths_that_are_not_made_of_sixteens_are_refused():

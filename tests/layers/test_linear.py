@@ -1,6 +1,7 @@
 """QuantLinear, QuantExperts and conversion: what they compute, keep, move and refuse."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -252,14 +253,30 @@ def test_error_feedback_reaches_the_layer():
     mix = torch.randn(64, 64)
     x = torch.randn(500, 64) @ mix
     moment = x.T @ x / len(x)
-    errors = []
+    errors, plan = [], Plan(parse_recipe("w4a8"), skip=["o_proj", "b.q_proj", "head"])
     for moments in (None, {"a.q_proj": moment}):
         torch.manual_seed(1)
         model = small()
         want = model.a.q_proj(x)
-        quantize_model(model, Plan(parse_recipe("w4a8")), moments=moments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            (row,) = quantize_model(model, plan, moments=moments)
+        assert row["feedback"] == (moments is not None)
         errors.append(relative(model.a.q_proj(x), want))
     assert errors[1] < 0.85 * errors[0], errors
+
+
+def test_weights_without_error_feedback_are_named():
+    """Once, for all that have no moments: output embeddings, stacks of experts. Layers that stay floats are none."""
+    model = nn.ModuleDict({"experts": Experts(), "dense": small()})
+    plan = Plan(parse_recipe("w4a8:head=8"), overrides={"o_proj": "a8"})
+    moments = {f"dense.{n}.q_proj": torch.eye(64) for n in "ab"} | {"dense.a.o_proj": torch.eye(32)}
+    with pytest.warns(UserWarning, match="without error feedback") as seen:
+        rows = quantize_model(model, plan, model.dense.head, moments)
+    assert {r["name"] for r in rows if r["feedback"]} == {"dense.a.q_proj", "dense.b.q_proj"} and len(rows) == 6
+    (said,) = [str(w.message) for w in seen]
+    assert said.startswith("3 of 5 weights")
+    assert said.endswith(": experts.gate_up_proj, experts.down_proj, dense.head")
 
 
 @pytest.mark.parametrize("recipe", ["w4a8", "w8", "w4a4", "a8"])

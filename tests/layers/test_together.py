@@ -81,6 +81,22 @@ def test_another_or_a_changed_input_or_weight_is_computed_anew(layers, calls):
         assert torch.equal(layers[2](y), twins[2](y)) and calls == [3] * 7
 
 
+def test_weights_that_are_elsewhere_are_not_read(layers, calls):
+    """As accelerate's cpu_offload has them: on meta but while their own layer runs."""
+    x = torch.randn(3, 64)
+    alone = outputs(layers, x)
+    tie(layers)
+    kept = [dict(layer._buffers) for layer in layers]
+    away = [{name: t.to("meta") for name, t in buffers.items()} for buffers in kept]
+    for layer, buffers in zip(layers, away, strict=True):
+        layer._buffers.update(buffers)
+    for layer, here, meta, want in zip(layers, kept, away, alone, strict=True):
+        layer._buffers.update(here)
+        assert torch.equal(outputs([layer], x)[0], want)
+        layer._buffers.update(meta)
+    assert calls == []
+
+
 def test_nothing_is_kept_longer_than_its_input(layers, calls):
     tie(layers)
     x = torch.randn(3, 64)

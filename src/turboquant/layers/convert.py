@@ -228,8 +228,9 @@ def quantize_model(
         progress: called with (name, done, of).
 
     Returns:
-        one row a weight: {"name", "recipe", "shape", "bits", "bytes", "bytes_before", "error"}; bits are those stored
-        for each weight (None where it is not packed), error is relative to the weight's norm.
+        one row a weight: {"name", "recipe", "shape", "bits", "bytes", "bytes_before", "error", "feedback"}; bits are
+        those stored for each weight (None where it is not packed), error is relative to the weight's norm, feedback
+        says whether it was rounded with error feedback. With moments a warning names the packed weights that were not.
     """
     shared, rows = Shared(), []
     found = list(targets(model, plan, head))
@@ -239,15 +240,26 @@ def quantize_model(
         for key, slot in new.slots.items():
             w = getattr(module, key)
             w = w.detach().mT.contiguous() if turn else w.detach()
-            slot.load(w, (moments or {}).get(name) if recipe.weights is not None else None)
+            moment = (moments or {}).get(name) if recipe.weights is not None and w.dim() == 2 else None
+            slot.load(w, moment)
             if recipe.weights is None:
                 getattr(new, key).data = w
             if slot.tracked:
                 slot.start(norm_prior(model, name))
-            rows.append(row(name if len(new.slots) == 1 else f"{name}.{key}", slot, w))
+            called = name if len(new.slots) == 1 else f"{name}.{key}"
+            rows.append(row(called, slot, w) | {"feedback": moment is not None})
         _put(model, name, new)
         if progress:
             progress("layers", i + 1, len(found))
+    packed = [r for r in rows if r["bits"] is not None]
+    without = [r["name"] for r in packed if not r["feedback"]]
+    if moments is not None and without:
+        names = ", ".join(without[:4]) + (", ..." if len(without) > 4 else "")
+        warnings.warn(
+            f"{len(without)} of {len(packed)} weights were rounded without error feedback, for there are no second "
+            f"moments of their inputs: {names}",
+            stacklevel=2,
+        )
     fuse(model, head)
     return rows
 

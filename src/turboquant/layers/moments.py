@@ -66,11 +66,12 @@ def own_words(
         progress: called with ("own words", tokens said, tokens of all).
 
     Raises:
-        FeedbackError: the file holds something else, or what another model, seed or length gave.
+        FeedbackError: the file holds something else, or what another model, dtype, seed or length gave.
     """
     count = -(-tokens // ctx)
     first = torch.randint(0, _vocabulary(model), (count, 1), generator=torch.Generator().manual_seed(seed))
-    what = {"model": _fingerprint(model), "ctx": ctx, "seed": seed}
+    dtype = str(model.dtype).removeprefix("torch.")
+    what = {"model": _fingerprint(model), "dtype": dtype, "ctx": ctx, "seed": seed}
     rows = _read(file, what) if file else []
     while len(rows) < count:
         ids = first[len(rows) : len(rows) + ROUND].to(model.device)
@@ -90,7 +91,8 @@ def own_words(
 
 @torch.no_grad()
 def moments_of(model: Any, ids: Tensor, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Second moments of the inputs of a model's linear layers on token ids (rows, ctx): name -> (K, K) fp32.
+    """Second moments of the inputs of a model's linear layers on token ids (rows, ctx): name -> (K, K) fp32, all at
+    once on the model's device. None of stacks of experts and of the output embeddings.
 
     Args:
         progress: called with ("second moments", tokens read, tokens of all).
@@ -143,6 +145,9 @@ def _read(file: Path, what: dict[str, Any]) -> list[list[int]]:
         sound = all(len(row) == what["ctx"] and all(isinstance(t, int) for t in row) for row in rows)
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise FeedbackError(f"{file} exists and holds no words of a model: move it away first") from e
+    if sound and found.get("dtype") != what["dtype"]:
+        dtypes = f"{found.get('dtype', 'a dtype that it does not name')}, not {what['dtype']}"
+        raise FeedbackError(f"{file} holds the words of a model in {dtypes}: name another file or the same dtype")
     if not sound or {k: found.get(k) for k in what} != what:
         raise FeedbackError(f"{file} holds the words of another model: name another file")
     return list(rows)

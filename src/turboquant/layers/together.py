@@ -12,8 +12,8 @@ from turboquant.kernels import ops
 class Together:
     """Outputs of layers for one input, kept until each layer asks for its own.
 
-    Where no backend has "linears", where gradients are asked for and in a compiled model each layer runs by itself;
-    both ways give the same bits.
+    Where no backend has "linears", where gradients are asked for, in a compiled model and while a weight is elsewhere
+    (offloaded until its own layer is called) each layer runs by itself; both ways give the same bits.
 
     Args:
         layers: `QuantLinear`s with packed weights, inputs of 8 bit and one width.
@@ -41,6 +41,8 @@ class Together:
             if y is not None and of is packed.codes and version == of._version:
                 return y
         pairs = [(one.slot.packed(), one.bias) for one in self.layers]
+        if not all(t is None or t.device == x.device for w, b in pairs for t in (w.codes, w.scale, w.zero, b)):
+            return None
         slot = layer.slot
         ys = run(x, pairs, slot.recipe.activations, slot.state())
         kept = {

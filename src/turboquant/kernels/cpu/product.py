@@ -24,7 +24,11 @@ Pair = tuple[PackedTensor, Tensor | None]  # a weight (N, K) and its bias (N,)
 
 class Packed:
     """The native module's view of weights of one K and their biases. A copy of it is empty: it belongs to the tensors
-    it was made of."""
+    it was made of.
+
+    Raises:
+        ValueError: a tensor that is not on the CPU, a bias of another dtype than those served, or not contiguous.
+    """
 
     def __init__(self, *pairs: Pair) -> None:
         self.key: tuple[int, ...] | None = None
@@ -33,13 +37,16 @@ class Packed:
         self.key = key_of(pairs)
         self.tensors, rows = [], []  # tensors are kept alive
         for w, bias in pairs:
-            where = 0
+            where, parts = 0, [w.codes, w.scale, w.zero]
+            for t in parts if bias is None else (*parts, bias):
+                if t.device.type != "cpu":
+                    raise ValueError(f"packed weights and biases must be on the CPU, not on {t.device}")
             if bias is not None:
                 if bias.dtype not in cache.DTYPES or not bias.is_contiguous():
                     raise ValueError(f"a bias must be contiguous float32, bfloat16 or float16, not {bias.dtype}")
                 where, kind = bias.data_ptr(), cache.DTYPES[bias.dtype]
                 self.tensors.append(bias)
-            parts = [w.codes.contiguous(), w.scale.contiguous(), w.zero.contiguous()]
+            parts = [t.contiguous() for t in parts]
             self.tensors += parts
             sizes = (*w.shape, w.scale.shape[-1], w.stages, kind if where else 0)
             rows.append((*(t.data_ptr() for t in parts), where, *sizes))
