@@ -18,7 +18,7 @@ import torch
 from fidelity import label, machine
 
 SCHEMES = (
-    "a8", "a8-token", "a4", "a4:ahot=8", "a4:agroup=16", "a4:ahot=0", "a4-token", "a4-g32",
+    "a8", "a8-token", "a4", "a4:ahot=8", "a4:agroup=32", "a4:ahot=0", "a4-token", "a4-g32",
     "w8", "w8:group=0", "int8-chan", "w4", "w4:clip=1", "w4:group=0", "w4:group=32", "w4-rtn", "nf4",
     "w8a8", "w4a8", "w4a8:group=0",
     "w4a8:clip=0", "w8a4", "w4a4", "w8a8-token", "llm-int8",

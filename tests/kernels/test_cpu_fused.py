@@ -148,15 +148,30 @@ def test_widths_that_are_not_made_of_sixteens_are_refused():
 @pytest.mark.parametrize("m", [1, 4, 20])
 @pytest.mark.parametrize("joint", [False, True])
 def test_an_mlp_is_its_parts(dtype, m, joint, monkeypatch):
-    wide, (down,) = weights((128,) if joint else (64, 64), 96, 4, 32, dtype), weights((48,), 64, 8, 32, dtype)
-    x, state = torch.randn(m, 96).to(dtype), LinearState()
-    (got,) = on_every_isa(monkeypatch, lambda: [kernels.mlp(x, wide, down, "silu", A8, state)])
-    parts = [kernels.linear(x, w, bias, A8, LinearState()) for w, bias in wide]
-    gate, up = parts[0].chunk(2, -1) if joint else parts
-    rows = native.gate_quantize(gate, up, "silu", A8)
-    assert torch.equal(got, kernels.product.multiply(kernels.product.Packed(down), rows, dtype)[0])
-    down[0].codes.bitwise_not_()
-    wide[0] = (wide[0][0], torch.randn(len(wide[0][0].scale)).to(dtype))
-    assert not torch.equal(kernels.mlp(x, wide, down, "silu", A8, state), got), "weights are read where they lie"
+    """Also once a weight has changed where it lies, and once one of its tensors is another."""
+    pairs = weights((128,) if joint else (64, 64), 96, 4, 32, dtype) + weights((48,), 64, 8, 32, dtype)
+    x, state, before = torch.randn(m, 96).to(dtype), LinearState(), None
+
+    def change(pair, what):
+        w, bias = pair
+        if what == "codes":
+            w.codes.bitwise_not_()
+        elif what == "scale":
+            w = replace(w, scale=w.scale.flip(0))
+        elif what == "bias":
+            bias = torch.randn(w.shape[0]).to(dtype)
+        return w, bias
+
+    for what in ("nothing", "codes", "scale", "bias"):
+        for i in range(len(pairs)):
+            pairs[i] = change(pairs[i], what)
+            (got,) = on_every_isa(monkeypatch, lambda: [kernels.mlp(x, pairs[:-1], pairs[-1], "silu", A8, state)])
+            parts = [kernels.linear(x, w, bias, A8, LinearState()) for w, bias in pairs[:-1]]
+            gate, up = parts[0].chunk(2, -1) if joint else parts
+            rows = native.gate_quantize(gate, up, "silu", A8)
+            want = kernels.product.multiply(kernels.product.Packed(pairs[-1]), rows, dtype)[0]
+            assert torch.equal(got, want), (what, i)
+            assert what == "nothing" or not torch.equal(got, before), (what, i)
+            before = got
     with pytest.raises(ValueError, match="width of down"):
-        kernels.mlp(x, wide, weights((48,), 32, 8, 32, dtype)[0], "silu", A8, LinearState())
+        kernels.mlp(x, pairs[:-1], weights((48,), 32, 8, 32, dtype)[0], "silu", A8, LinearState())

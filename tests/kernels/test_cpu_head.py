@@ -76,7 +76,8 @@ def test_more_rows_and_odd_layouts_run_in_torch():
 
 def test_who_is_chosen():
     w = torch.randn(8, 48)
-    assert ops.explain_dense(w.bfloat16())[0] == "cpu"
+    kernel, why = ops.explain_dense(w.bfloat16())
+    assert kernel == "cpu" and why.startswith("up to 4 rows, torch beyond; ")
     kernel, why = ops.explain_dense(w)
     assert kernel == "torch" and "16-bit weights, not float32" in why
     assert "47 inputs are not made of sixteens" in ops.explain_dense(w[:, :47].half())[1]

@@ -114,8 +114,7 @@ def _stored(model: Any) -> Recipe | None:
     """The recipe of a model that holds quantized layers already, None of any other."""
     if not any(isinstance(m, Quantized) for m in model.modules()):
         return None
-    config = getattr(model.config, "quantization_config", None)
-    return parse_recipe(config.recipe) if config is not None else Recipe()
+    return folder_recipe(model) or Recipe()
 
 
 def folder_recipe(model: Any) -> Recipe | None:

@@ -337,7 +337,8 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def explain_dense(weight: Tensor) -> tuple[str, str]:
-    """(kernel, why) of `dense` for rows of the weight's dtype; the kernel is "torch" where no backend has one."""
+    """(kernel, why) of `dense` for a few rows of the weight's dtype, with how many in why; the kernel is "torch" where
+    no backend has one."""
     return _dense(weight.shape, weight.dtype, weight.device, _forced.get())[1:]
 
 
@@ -348,7 +349,8 @@ def _dense(shape: torch.Size, dtype: torch.dtype, device: torch.device, forced: 
         name, why = choose("dense", spec, device)
     except BackendError as e:  # the backend asked for has none; nor have all of them
         return None, "torch", str(e)
-    return import_module(f"turboquant.kernels.{name}").dense, name, why
+    module = import_module(f"turboquant.kernels.{name}")
+    return module.dense, name, f"up to {module.DENSE_ROWS} rows, torch beyond; {why}"
 
 
 def _linear_op(op: str, spec: LinearSpec | None, device: torch.device) -> Any:

@@ -311,6 +311,8 @@ def explain_fused(model: nn.Module, dtype: torch.dtype, device: torch.device | s
         why = next(r["why"] for r in ops.explain_linear(slot.spec(dtype), device) if r["op"] == op)
         if whole is not None:
             op, why = "mlp", "all of it in one call"
+        elif kernel == "cpu" and op == "norm_quantize" and module.weight.dtype != dtype:  # see `kernels.cpu.rows`
+            kernel, why = "none", f"cpu: its weight is {module.weight.dtype}, not {dtype}"
         rows.append({"name": name, "op": op, "kernel": kernel, "why": why})
     return rows
 

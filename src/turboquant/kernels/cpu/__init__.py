@@ -8,6 +8,7 @@ from typing import Any
 from turboquant.kernels.cpu import cache
 from turboquant.kernels.cpu import linear as _linear
 from turboquant.kernels.cpu.cache import DTYPES, cache_append, cache_attention
+from turboquant.kernels.cpu.head import ROWS as DENSE_ROWS
 from turboquant.kernels.cpu.head import dense
 from turboquant.kernels.cpu.linear import linear, linears, mlp, quantize
 from turboquant.kernels.cpu.rows import gate_quantize, norm_quantize
@@ -15,8 +16,8 @@ from turboquant.kernels.cpu.rows import gate_quantize, norm_quantize
 GRADIENTS = False
 
 __all__ = [
-    "DTYPES", "GRADIENTS", "cache_append", "cache_attention", "dense", "gate_quantize", "linear", "linears", "mlp",
-    "norm_quantize", "quantize", "supports",
+    "DENSE_ROWS", "DTYPES", "GRADIENTS", "cache_append", "cache_attention", "dense", "gate_quantize", "linear",
+    "linears", "mlp", "norm_quantize", "quantize", "supports",
 ]  # fmt: skip
 
 

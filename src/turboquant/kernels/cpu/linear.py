@@ -118,7 +118,19 @@ def linear(
 def linears(
     x: Tensor | Coded, pairs: Sequence[product.Pair], recipe: ActivationRecipe, state: LinearState
 ) -> list[Tensor]:
-    """`linear` of one input for several packed weights and their biases, all of K inputs of 8 bit, in one call."""
+    """`linear` of one input for several packed weights and their biases, all of K inputs of 8 bit, in one call.
+
+    Args:
+        x: (..., K) float32, bfloat16 or float16, or int8 rows that stand for such.
+        pairs: weights (N, K), N their own, and their biases (N,) of any of these dtypes.
+        recipe: of 8 bit. state: that of one of the layers; keeps what is prepared for all.
+
+    Returns:
+        (..., N) of each in x's dtype, with the bits of `linear` of that weight alone.
+
+    Raises:
+        ValueError: as of `product.Packed`; the weights differ in K.
+    """
     packed = _packed(state, "cpu" if len(pairs) == 1 else "cpu together", pairs)
     return product.multiply(packed, _rows(x, packed, recipe, state), x.dtype)
 
@@ -134,7 +146,17 @@ def mlp(
     """down(activation(gate)·up) of one input in one call; every layer packed, with inputs of 8 bit.
 
     Args:
-        x: (..., K). wide: gate and up, or both in one weight. state: of the layer down.
+        x: (..., K) float32, bfloat16 or float16.
+        wide: gate and up (J, K), or both in one weight (2·J, K); down: (N, J), J a multiple of 16. Each with its bias.
+        activation: one of `rows.ACTIVATIONS`.
+        recipe: of 8 bit. state: of the layer down.
+
+    Returns:
+        (..., N) in x's dtype; each step is rounded to it, as modules round that run one after another.
+
+    Raises:
+        ValueError: as of `product.Packed`; gate and up differ in K, or have not the width of down.
+        KeyError: an activation that is not known.
     """
     packed = _packed(state, "cpu wide", wide)
     return product.mlp(packed, _packed(state, "cpu", [down]), _rows(x, packed, recipe, state), activation, x.dtype)
