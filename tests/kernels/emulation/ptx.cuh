@@ -29,6 +29,9 @@ typedef unsigned long long u64;
 struct Three {
   int x = 1, y = 1, z = 1;
 };
+struct uint2 {
+  u32 x, y;
+};
 struct uint4 {
   u32 x, y, z, w;
 };

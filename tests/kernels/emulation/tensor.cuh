@@ -6,20 +6,15 @@
 struct float2 {
   float x, y;
 };
-struct float4 {
-  float x, y, z, w;
-};
 struct int2 {
   int x, y;
 };
 static int2 make_int2(int x, int y) { return {x, y}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
-static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static i64 min(i64 a, i64 b) { return a < b ? a : b; }
 static i64 max(i64 a, i64 b) { return a > b ? a : b; }
-static void start_next() {}
 static int __clz(u32 x) { return x ? __builtin_clz(x) : 32; }
 static int __ldg(const int* x) { return *x; }
 static float __fmul_rn(float a, float b) { return a * b; }
