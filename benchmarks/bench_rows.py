@@ -6,10 +6,11 @@ PYTHONPATH=src python benchmarks/bench_rows.py --plot rows.json rows.png        
 
 Medians over replays of CUDA graphs. `hot`: the rows lie in L2, as in a model that has just written them; `cold`: over
 so many rows that none does. A chain is norm (or activation, or nothing) and product over cold weights, as in a model,
-and `early` says whether a kernel may be set up while the one before it runs (programmatic dependent launch). Two
-overheads, in percent of the w4a8 product: `alone`, all that comes before the product; `net`, that less what bf16 pays
-for its norm (torch's rms_norm) or activation (silu, then a product of two tensors). A launch whose rows are farther
-from the exact ones than twice what plain torch loses gets no figure, and the run ends with exit code 1.
+and `early` says whether a kernel may be set up while the one before it runs (programmatic dependent launch), `by`
+whose the product is: csrc/product.cu's or humming's. Two overheads, in percent of the w4a8 product: `alone`, all that
+comes before the product; `net`, that less what bf16 pays for its norm (torch's rms_norm) or activation (silu, then a
+product of two tensors). A launch whose rows are farther from the exact ones than twice what plain torch loses gets no
+figure, and the run ends with exit code 1.
 """
 
 import argparse
@@ -112,7 +113,8 @@ def bench_chain(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]
     for m in args.rows:
         a = operands(kind, m, k)[0]
         before, codes = plain(kind, a), fused_quantize(**a)
-        row: dict[str, Any] = {"what": "chain", "shape": shape, "n": n, "kind": kind, "k": k, "m": m}
+        by = "product.cu" if m <= layers[0].few else "humming"
+        row: dict[str, Any] = {"what": "chain", "shape": shape, "n": n, "kind": kind, "k": k, "m": m, "by": by}
         x = before()
         row["bf16_product_ms"] = median_ms([lambda v=v, x=x: F.linear(x, v) for v in dense], args.replays)
         row["bf16_ms"] = median_ms([lambda v=v, f=before: F.linear(f(), v) for v in dense], args.replays)
@@ -141,14 +143,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         if r["what"] == "kernel":
             cells = (r["kind"], r["k"], r["m"], r["launch"], us(r["hot_ms"]), us(r["cold_ms"]), us(r["bound_ms"]))
             out.append("| " + " | ".join(map(str, cells)) + " |")
-    names = ("chain", "M", "early", "bf16 µs", "of it product", "w4a8 µs", "of it product", "× bf16", "alone", "net")
+    names = (
+        "chain", "M", "early", "bf16 µs", "of it product", "w4a8 µs", "of it product", "by", "× bf16", "alone", "net",
+    )  # fmt: skip
     out += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for r in rows:
         if r["what"] == "chain":
             cells = (
                 f"{r['kind']} → {r['shape']} {r['n']}×{r['k']}", r["m"], "yes" if r["early"] else "no",
-                us(r["bf16_ms"]), us(r["bf16_product_ms"]), us(r["ms"]), us(r["product_ms"]), f"{r['speedup']:.2f}",
-                f"{r['alone_percent']:+.0f} %", f"{r['net_percent']:+.0f} %",
+                us(r["bf16_ms"]), us(r["bf16_product_ms"]), us(r["ms"]), us(r["product_ms"]), r["by"],
+                f"{r['speedup']:.2f}", f"{r['alone_percent']:+.0f} %", f"{r['net_percent']:+.0f} %",
             )  # fmt: skip
             out.append("| " + " | ".join(map(str, cells)) + " |")
     out += ["", "all chains at M:"]
@@ -160,13 +164,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(source: Path, target: Path) -> None:
-    """How the cost grows with the rows: microseconds before the product, and their share of it."""
+    """How the cost grows with the rows: microseconds before the product, and their share of it.
+
+    The title says whose the product is: humming's where rows do not name it, which are from before product.cu.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = [r for r in json.loads(source.read_text())["rows"] if r["what"] == "chain" and not r["early"]]
+    few = [r["m"] for r in rows if r.get("by") == "product.cu"]
+    by = f"product.cu's up to {max(few)} rows, else humming's" if few else "humming's"
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for i, shape in enumerate(dict.fromkeys(r["shape"] for r in rows)):
         some = [r for r in rows if r["shape"] == shape]
@@ -176,7 +185,7 @@ def plot(source: Path, target: Path) -> None:
         right.plot(m, [r["alone_percent"] for r in some], "o-", color=color, label=name)
         right.plot(m, [r["net_percent"] for r in some], "o--", color=color)
     left.set(title="before the product (dotted: in bf16)", ylabel="µs", yscale="symlog")
-    right.set(title="% of the w4a8 product (dashed: less what bf16 pays)")
+    right.set(title=f"% of the w4a8 product, {by}\n(dashed: less what bf16 pays)")
     for axis in (left, right):
         axis.set(xscale="log", xlabel="rows")
         axis.grid(alpha=0.3)

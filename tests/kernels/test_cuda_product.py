@@ -4,18 +4,24 @@ Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulatio
 """
 
 import ctypes
+import importlib
 import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import pairwise
+from itertools import product as product_of
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from turboquant.kernels.cuda import nvrtc, product
+from turboquant.kernels.linear import LinearSpec
 from turboquant.packed.tensor import PackedTensor
 
+linear = importlib.import_module("turboquant.kernels.cuda.linear")  # the package has a function of this name
 BF16, F16 = torch.bfloat16, torch.float16
 
 
@@ -46,6 +52,7 @@ SMALL = [
     Case(group=128, rows=4, k=512, n=64, dtype=F16),
     Case(stages=2, n=256, k=2560, rows=11),
     Case(stages=2, group=128, rows=16, n=64, k=1024, bias=True),
+    *(Case(64, 4224, 128, 3, s) for s in (1, 2)),  # blocks of a cluster hold different numbers of groups
 ]
 LARGE = [
     *(Case(n, k, g, m) for n, k in ((4096, 4096), (4096, 14336), (6144, 4096)) for g in (0, 128) for m in (1, 8, 16)),
@@ -53,6 +60,8 @@ LARGE = [
     *(Case(384, 896, g, m, 1, t, True) for g in (0, 128) for m in (1, 9, 16) for t in (BF16, F16)),
     *(Case(4096, 4096, g, m, 2) for g in (0, 128) for m in (1, 9, 16)),
     *(Case(128, 18944, 0, m) for m in (2, 3, 5)),
+    Case(1536, 8960, 128, 8),  # Qwen2.5-1.5B's down: eight blocks of a cluster, of 9 and 10 groups
+    *(Case(8192, 28672, g, 8, s) for g in (0, 128) for s in (1, 2)),  # split for want of shared memory
 ]
 
 
@@ -120,7 +129,7 @@ def emulated(monkeypatch, tmp_path):
         return function(product.config(shape, k, group, planes, dtype), device), shape
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False, cluster=1):
-        assert after and blocks[0] == cluster and shared <= 227 * 1024
+        assert after and blocks[0] == cluster and shared <= product.SHARED
         kernel.run(ctypes.byref(call), blocks[0], blocks[1], threads, cluster)
 
     def empty(*size, **options):
@@ -137,12 +146,101 @@ def test_the_source_on_the_cpu(case, emulated):
     check(case, "cpu")
 
 
+@pytest.mark.parametrize("processors", [4, 132])
+@pytest.mark.parametrize("n", [64, 1536, 8192, 28672])
+@pytest.mark.parametrize("k", [256, 4096, 8960, 28672, 29568, 53248])
+def test_every_shape_fits_a_block(n, k, processors):
+    """Its shared memory, as the driver allows it; each block's groups in the room for them."""
+    for group, planes, rows in product_of((128, k), (1, 2), range(1, linear.FEW + 1)):
+        shape = product.shape_of(n, k, group, planes, rows, processors)
+        assert shape.shared <= 227 * 1024 and shape.depth >= 2 and shape.split in product.SPLITS
+        cuts = [k // 64 * i // shape.split for i in range(shape.split + 1)]
+        assert shape.tables >= max((b * 64 - 1) // group - a * 64 // group + 1 for a, b in pairwise(cuts))
+
+
+def test_where_nothing_fits(monkeypatch):
+    """Fewer rows are dispatched, `note` says how many, and whoever asks for more is told."""
+    where, chip = torch.device("cuda", 0), SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(nvrtc, "missing", lambda: None)
+    assert product.most_rows(8192, 29568, 128, 2, where, linear.FEW) == linear.FEW
+    k, few = 1 << 18, product.most_rows(8192, 1 << 18, 128, 2, where, linear.FEW)
+    assert 0 < few < linear.FEW and product.shape_of(8192, k, 128, 2, few, 132).shared <= product.SHARED
+    assert product.shape_of(8192, k, 128, 2, few + 1, 132).shared > product.SHARED
+    said = linear.note(LinearSpec(k, 8192, 2, 128, 8, BF16), where)
+    assert f"product.cu up to {few} rows, if humming-kernels orders" in said
+    x = torch.ones(few + 1, k, dtype=torch.int8)
+    scale, zero = torch.ones(64, k // 128).half(), torch.zeros(64, k // 128).byte()
+    w = torch.zeros(32 * k, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="shared memory"):
+        product.multiply(w, w, scale, zero, x, torch.ones(few + 1, 1), None, BF16)
+
+
+def test_sums_that_an_int32_does_not_hold_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(nvrtc, "missing", lambda: None)
+    where, most = torch.device("cuda", 0), (2**31 - 1) // (128 * 248) // 128 * 128
+    assert product.refusal(64, most, most, 2, where) is None
+    assert "overflow" in product.refusal(64, most + 128, most + 128, 2, where)
+    assert product.refusal(64, most + 128, most + 128, 1, where) is None
+    assert product.refusal(64, most + 128, 128, 2, where) is None
+
+
+@pytest.mark.parametrize("wrong", ["rows", "scale", "zero", "codes", "unit", "bias", "weight"])
+def test_operands_that_do_not_fit_are_refused(wrong, emulated):
+    k, n, m = 256, 64, 17 if wrong == "rows" else 3
+    given = {
+        "weight": torch.zeros(n * k // 2 + (wrong == "weight"), dtype=torch.uint8), "second": None,
+        "scale": torch.ones(n, 2).half(), "zero": torch.zeros(n, 2).byte(), "codes": torch.ones(m, k).char(),
+        "unit": torch.ones(m, 1), "bias": torch.zeros(n, dtype=BF16),
+    }  # fmt: skip
+    if wrong in ("scale", "unit", "bias"):
+        given[wrong] = given[wrong].double()
+    if wrong in ("zero", "codes"):
+        given[wrong] = given[wrong].T.contiguous().T
+    with pytest.raises(ValueError, match=wrong):
+        product.multiply(*given.values(), BF16)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 def test_on_the_gpu(case):
-    if why := product.refusal(case.n, case.k, case.group or case.k, torch.device("cuda", 0)):
+    if why := product.refusal(case.n, case.k, case.group or case.k, case.stages, torch.device("cuda", 0)):
         pytest.skip(why)
     check(case, "cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", [Case(4096, 4096, g, m) for g in (0, 128) for m in (3, 8)], ids=str)
+def test_a_chain_in_a_graph_has_the_bits_of_single_calls(case):
+    """Twelve quantizers and products behind one another: each may start while the one before it runs."""
+    rows = pytest.importorskip("turboquant.kernels.triton.rows")
+    if why := product.refusal(case.n, case.k, case.group or case.k, 1, torch.device("cuda", 0)):
+        pytest.skip(why)
+    packed = operands(case, "cuda")[0]
+    weight = product.fragments(packed.coded().codes[0], packed.group)
+
+    def chain(x: torch.Tensor, alone: bool) -> torch.Tensor:
+        for _ in range(12):
+            q = rows.fused_quantize(x)
+            if alone:
+                torch.cuda.synchronize()
+            x = product.multiply(weight, None, packed.scale, packed.zero, q.codes, q.unit, None, BF16) * 0.01
+            if alone:
+                torch.cuda.synchronize()
+        return x
+
+    x = torch.randn(case.rows, case.k, device="cuda").to(BF16)
+    want, graph = chain(x, True), torch.cuda.CUDAGraph()
+    assert want.isfinite().all() and want.any()
+    chain(x, False)
+    with torch.cuda.graph(graph):
+        got = chain(x, False)
+    for _ in range(20):
+        got.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(got, want)
 
 
 @pytest.mark.skipif(
@@ -154,6 +252,6 @@ def test_on_the_gpu(case):
 def test_the_source_compiles(case):
     group = case.group or case.k
     shape = product.shape_of(case.n, case.k, group, case.stages, case.rows, 132)
-    assert shape.shared <= (product.HALF if shape.depth > 2 else 227 * 1024)
+    assert shape.shared <= (product.HALF if shape.depth > 2 else product.SHARED)
     source = product.config(shape, case.k, group, case.stages, case.dtype)
     assert nvrtc.compile_source("product.cu", source, "sm_90a")[:4] == b"\x7fELF"

@@ -103,7 +103,7 @@ def test_few_rows_run_on_the_bytes_that_humming_holds(group, bits):
 
     linear = importlib.import_module("turboquant.kernels.cuda.linear")
     weight = PackedTensor.quantize(torch.randn(384, 1024, device="cuda"), WeightRecipe(bits, group=group))
-    if why := product.refusal(384, 1024, weight.group, weight.scale.device):
+    if why := product.refusal(384, 1024, weight.group, bits // 4, weight.scale.device):
         pytest.skip(why)
     ready = linear.prepare(weight, 8, torch.bfloat16)
     assert ready.few == linear.FEW

@@ -83,13 +83,13 @@ def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
     """For inputs of `bits` (8 for int8 rows, 16 for rows of `dtype`)."""
     coded, scale, few = weight.coded(), weight.scale.float(), 0
     (n, k), device = weight.shape, weight.scale.device
-    own = bits == 8 and product.refusal(n, k, weight.group, device) is None
+    own = bits == 8 and product.refusal(n, k, weight.group, weight.stages, device) is None
     zeros = [coded.zero, torch.full_like(coded.zero, 8) if own else None]  # without zeros humming orders otherwise
     layers = [_layer(coded.codes[i], scale / 16**i, zeros[i], weight.group, bits, dtype) for i in range(weight.stages)]
     if own:
         want = [product.fragments(c, weight.group) for c in coded.codes]
         if all(torch.equal(a.weight.view(torch.uint8).flatten(), b) for a, b in zip(layers, want, strict=True)):
-            few = FEW
+            few = product.most_rows(n, k, weight.group, weight.stages, device, FEW)
             torch.cuda.current_stream(device).synchronize()  # `product` reads it before it waits
         else:
             warnings.warn("this humming-kernels orders weights otherwise: it runs few rows too", stacklevel=2)
@@ -97,13 +97,17 @@ def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
 
 
 def note(spec: LinearSpec, device: torch.device) -> str:
-    """Which kernel runs, by the number of rows, for `explain`."""
-    why: str | None = "for int8 rows"
+    """Which kernel runs, by the number of rows, for `explain`; how humming orders bytes, only `prepare` sees."""
+    why, shape = "for int8 rows", (spec.outputs, spec.inputs, spec.group, spec.stages)
     if spec.activation_bits < 16:
-        why = product.refusal(spec.outputs, spec.inputs, spec.group, device)
-    return f"humming-kernels; csrc/product.cu is {why}" if why else (
-        f"csrc/product.cu up to {FEW} rows, humming-kernels beyond"
-    )  # fmt: skip
+        why = product.refusal(*shape, device) or ""
+    if why:
+        return f"humming-kernels; csrc/product.cu is {why}"
+    few = product.most_rows(*shape, device, FEW)
+    return (
+        f"csrc/product.cu up to {few} rows, if humming-kernels orders weights as it reads them (else preparing one "
+        "warns, and humming-kernels runs these too); humming-kernels beyond"
+    )
 
 
 def multiply(

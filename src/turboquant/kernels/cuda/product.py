@@ -3,7 +3,8 @@
 Decoding reads a weight once and multiplies little, so what counts is how early its bytes are asked for. The kernel may
 start while the one before it runs (programmatic dependent launch) and fetches weights until the rows are there. It
 reads the weight in the order in which humming-kernels holds it, so that the GPU holds it once: that of `fragments`.
-Sums of codes are exact; groups are added in one order, which depends on the weight's shape.
+Sums of codes are exact; groups are added in one order, which depends on the weight's shape (and where K is so long that
+its rows do not fit into one block's memory, on their number).
 """
 
 import ctypes
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from turboquant.kernels.cuda import nvrtc
 
-MAX_ROWS = 16
+MAX_ROWS = 16  # two tiles of 8, which tests cover; `linear` uses it up to its FEW, beyond only benchmarks and tests ask
 GROUP = 128  # the one size of groups beside whole rows
 OUTPUTS, WARPS, PIECE = 64, 8, 2048  # of a block; bytes of 64 outputs × 64 inputs; mirror csrc/product.cu
 HALF = 113 * 1024  # bytes of shared memory of a block, of which two share a multiprocessor
+SHARED = 227 * 1024  # the most that a block may have
+LARGEST = 128 * 15, 128 * (16 * 15 + 8)  # an input's part of a sum, by stages; int32 holds the sum of a whole row
 SPLITS = (1, 2, 4, 8)  # blocks that share the K of an output
 FILL = 0.9  # blocks a multiprocessor from which K is split no further
 DEEPEST = 6  # pieces that a warp has under way
@@ -28,18 +31,20 @@ DEEPEST = 6  # pieces that a warp has under way
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/product.cu
     _fields_ = [
         *[(n, ctypes.c_void_p) for n in ("weight", "second", "scale", "zero", "codes", "unit", "bias", "out")],
-        *[(n, ctypes.c_int) for n in ("n", "k", "rows", "groups", "split")],
+        *[(n, ctypes.c_int) for n in ("n", "k", "rows", "groups", "split", "tables")],
     ]
 
 
-def refusal(n: int, k: int, group: int, device: torch.device) -> str | None:
-    """None if products with few rows run here, else why not."""
+def refusal(n: int, k: int, group: int, planes: int, device: torch.device) -> str | None:
+    """None if products of few rows with a weight of `planes` stages run here, else why not."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         return "made for compute capability 9.0"
     if group not in (GROUP, k):
         return f"for groups of {GROUP} or whole rows"
     if n % OUTPUTS or k % 128 or k == GROUP:
         return f"for a multiple of {OUTPUTS} outputs and of 128 inputs, 256 at the least"
+    if group == k and k * LARGEST[planes - 1] >= 2**31:
+        return f"for whole rows of up to {(2**31 - 1) // LARGEST[planes - 1]} inputs: beyond, sums overflow an int32"
     return nvrtc.missing()
 
 
@@ -65,25 +70,40 @@ class Shape:
     """How a product is cut.
 
     Attributes:
-        tiles: of 8 rows. depth: pieces that a warp has under way. split: blocks that share K. shared: bytes of memory.
+        tiles: of 8 rows. depth: pieces that a warp has under way. split: blocks that share K.
+        tables: groups whose scales and zeros a block keeps. shared: bytes of memory.
     """
 
     tiles: int
     depth: int
     split: int
+    tables: int
     shared: int
 
 
 def shape_of(n: int, k: int, group: int, planes: int, rows: int, processors: int) -> Shape:
-    """For so many rows and multiprocessors: as many blocks as fill them, as many pieces as fit, two at the least."""
-    tiles, pieces = 1 if rows <= 8 else 2, k // 64
+    """For so many rows and multiprocessors: as many blocks as fill them, more where a block's rows would not fit into
+    its memory (if none does, `shared` is above SHARED), and as many pieces as fit, two at the least."""
+    pieces = k // 64
     fits = [s for s in SPLITS if s * 2 * WARPS <= pieces] or [1]
-    split = next((s for s in fits if n // OUTPUTS * s >= FILL * processors), fits[-1])
-    most = -(-pieces // split)  # pieces of a block
-    tables = 3 * OUTPUTS * (most * 64 // group + 2 if group < k else 1)
-    x, step = rows * (most * 64 + 16), WARPS * planes * PIECE
-    depth = max(2, min(DEEPEST, -(-most // WARPS), (HALF - tables - x) // step))
-    return Shape(tiles, depth, split, tables + max(depth * step + x, WARPS * tiles * 8 * (OUTPUTS + 4) * 4))
+    fill = next((s for s in fits if n // OUTPUTS * s >= FILL * processors), fits[-1])
+    shapes = [_cut(pieces, s, group if group < k else 0, planes, rows) for s in fits if s >= fill]
+    return next((s for s in shapes if s.shared <= SHARED), shapes[-1])
+
+
+def _cut(pieces: int, split: int, group: int, planes: int, rows: int) -> Shape:
+    tiles, most = 1 if rows <= 8 else 2, -(-pieces // split)  # pieces of a block
+    tables = most * 64 // group + 2 if group else 1
+    x, step, fixed = rows * (most * 64 + 16), WARPS * planes * PIECE, 3 * OUTPUTS * tables
+    depth = max(2, min(DEEPEST, -(-most // WARPS), (HALF - fixed - x) // step))
+    return Shape(tiles, depth, split, tables, fixed + max(depth * step + x, WARPS * tiles * 8 * (OUTPUTS + 4) * 4))
+
+
+def most_rows(n: int, k: int, group: int, planes: int, device: torch.device, limit: int) -> int:
+    """Up to how many rows, of `limit` asked for, a product fits into shared memory."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    fits = (r for r in range(limit, 0, -1) if shape_of(n, k, group, planes, r, processors).shared <= SHARED)
+    return next(fits, 0)
 
 
 def config(shape: Shape, k: int, group: int, planes: int, dtype: torch.dtype) -> str:
@@ -101,12 +121,14 @@ def _kernel(
 ) -> tuple[Any, Shape]:
     """(kernel, its shape)."""
     shape = shape_of(n, k, group, planes, rows, torch.cuda.get_device_properties(device).multi_processor_count)
+    if shape.shared > SHARED:
+        raise ValueError(f"{rows} rows of {k} inputs need {shape.shared} bytes of shared memory, {SHARED} are there")
     return _function(config(shape, k, group, planes, dtype), device), shape
 
 
 @lru_cache(maxsize=256)
 def _function(source: str, device: torch.device) -> Any:
-    return nvrtc.functions("product.cu", source, ("product",), device, 227 * 1024)[0]
+    return nvrtc.functions("product.cu", source, ("product",), device, SHARED)[0]
 
 
 def multiply(
@@ -119,6 +141,10 @@ def multiply(
         weight: as `fragments` gives it, of any dtype. second: that of the second stage, or None.
         scale: (N, G) fp16. zero: (N, G) uint8.
         bias: (N,) of dtype or None.
+
+    Raises:
+        ValueError: a tensor of another dtype or size or not contiguous, no rows or more than MAX_ROWS, or rows of so
+            many inputs that they do not fit into shared memory.
     """
     if torch.compiler.is_compiling():
         out: Tensor = torch.ops.turboquant.few_rows(weight, second, scale, zero, codes, unit, bias, dtype)
@@ -130,13 +156,24 @@ def _multiply(
     weight: Tensor, second: Tensor | None, scale: Tensor, zero: Tensor, codes: Tensor, unit: Tensor,
     bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
+    """`multiply`, which checks here what it is given; torch.compile calls it as turboquant::few_rows."""
     (m, k), (n, groups) = codes.shape, scale.shape
+    if not 0 < m <= MAX_ROWS:
+        raise ValueError(f"{m} rows, from 1 to {MAX_ROWS} are possible")
+    given = (
+        ("weight", weight, weight.dtype, n * k // 2), ("second", second, weight.dtype, n * k // 2),
+        ("scale", scale, torch.float16, 2 * n * groups), ("zero", zero, torch.uint8, n * groups),
+        ("codes", codes, torch.int8, m * k), ("unit", unit, torch.float32, 4 * m), ("bias", bias, dtype, 2 * n),
+    )  # fmt: skip
+    for name, t, kind, size in given:
+        if t is not None and (t.dtype != kind or t.nbytes != size or not t.is_contiguous()):
+            raise ValueError(f"{name}: {t.dtype} {tuple(t.shape)}, {kind} of {size} bytes in one piece is needed")
     kernel, shape = _kernel(n, k, k // groups, 1 if second is None else 2, m, dtype, codes.device)
     out = torch.empty(m, n, dtype=dtype, device=codes.device)
     call = _Call(
         weight.data_ptr(), 0 if second is None else second.data_ptr(), scale.data_ptr(), zero.data_ptr(),
         codes.data_ptr(), unit.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), n, k, m, groups,
-        shape.split,
+        shape.split, shape.tables,
     )  # fmt: skip
     stream = nvrtc.stream_of(codes.device)
     grid = (shape.split, n // OUTPUTS, 1)

@@ -21,7 +21,6 @@ DEVICE u32 remote(const u32* at, int rank) {  // what stands at this place in th
                : "memory");
   return x;
 }
-DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 // c (16×8 int) += a (16×32 int8) · b (32×8 int8)
 DEVICE void mma_s8(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"

@@ -24,6 +24,7 @@ struct Call {
   const u16* bias;  // (n) or null
   u16* out;         // (rows, n)
   int n, k, rows, groups, split;
+  int tables;  // groups that every block of a cluster keeps room for: they find each other's sums behind it
 };
 
 DEVICE float real(u16 scale) { return half_(scale) * (PLANES == 2 ? 0.0625f : 1.f); }
@@ -118,8 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) product(const __grid_co
   const int pieces = c.k / 64, first = pieces * rank / c.split, count = pieces * (rank + 1) / c.split - first;
   const int group0 = GROUP ? first / PER : 0, groups = GROUP ? (first + count - 1) / PER - group0 + 1 : 1;
   u16* scales = (u16*)memory;  // [group][output]
-  u8* zeros = (u8*)(scales + groups * BN);
-  u8* ring = zeros + groups * BN;
+  u8* zeros = (u8*)(scales + c.tables * BN);
+  u8* ring = zeros + c.tables * BN;  // at the same place in all blocks: `remote` reads there
   u8 *mine = ring + warp * (DEPTH * PLANES * PIECE), *x = ring + WARPS * (DEPTH * PLANES * PIECE);
   const int stride = count * 64 + 16;  // of x: lanes of a fragment meet no bank twice
   Multiply m;
@@ -129,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) product(const __grid_co
     if (i * WARPS + warp < count) m.fetch(mine + i * (PLANES * PIECE), c, first + i * WARPS + warp, tile);
     copies_end();
   }
-  if (thread == 0) launch_dependents();
+  if (thread == 0) start_next();
   for (int e = thread; e < groups * BN; e += THREADS) {
     const i64 at = i64(tile * BN + e / groups) * c.groups + group0 + e % groups;
     const int to = e % groups * BN + e / groups;
