@@ -201,16 +201,21 @@ def packed(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def transformers_logprobs():
-    """transformers_logprobs(model, recipe, ids): of each token after the first, float32; recipe None for the model."""
+    """transformers_logprobs(model, recipe, ids): of each token after the first, float32; recipe None for the model.
+
+    Norms and MLPs run in torch, layer by layer, as in vLLM.
+    """
 
     def run(model, recipe, ids, **options):
         import torch
         from transformers import AutoModelForCausalLM
 
         from turboquant import TurboQuantConfig
+        from turboquant.layers.fused import unfuse
 
         how = {} if recipe is None else {"quantization_config": TurboQuantConfig(recipe, **options)}
         net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **how).eval()
+        unfuse(net)
         x = torch.tensor([ids])
         with torch.no_grad():
             return net(x).logits[0, :-1].float().log_softmax(-1).gather(1, x[0, 1:, None])[:, 0].tolist()
