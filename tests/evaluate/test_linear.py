@@ -173,6 +173,19 @@ def test_a_fresh_process_loads_the_folder(tiny_folder, tmp_path):
     assert "QuantLinear" in done.stdout
 
 
+def test_a_folder_is_compared_with_itself_and_says_so(tiny_folder, tmp_path):
+    """What `bench` and `eval` call base has the folder's weights, but a 16-bit cache."""
+    quantize(tiny_folder, tmp_path / "q", "w4a8kv4:page=16,ring=16,rewind=16", dtype="float32", device="cpu")
+    options = ["--prompt", 64, "--new", 2, "--repeats", 1, "--device", "cpu", "-q", "--json", "-"]
+    done = run("bench", tmp_path / "q", "-r", "w4a8kv4:page=16,ring=16,rewind=16", *options)
+    assert done.exit_code == 0, done.output
+    base, row = json.loads(done.stdout)
+    assert base["cache_kernel"] == "transformers" != row["cache_kernel"] and base["cache_bytes"] != row["cache_bytes"]
+    assert base["weight_bytes"] == row["weight_bytes"] and "only the cache differs" in " ".join(done.stderr.split())
+    done = run("bench", tiny_folder, "-r", "kv4", *options)
+    assert "only the cache" not in " ".join(done.stderr.split())
+
+
 def test_quantize_refuses_before_any_work(tiny_folder, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -196,7 +209,7 @@ def test_commands(tiny_folder, tmp_path, prose):
     options = ["--keep", "up_proj", "--override", "o_proj=w4a8", "--dtype", "float32", "--device", "cpu", "-q"]
     options = [tiny_folder, tmp_path / "q", *options, "--json", tmp_path / "q.json"]
     done = run("quantize", *options, "-r", "w8a8", "--feedback", "itself")
-    assert done.exit_code == 2 and "no such file; give a text, 'self' or 'random'" in done.stderr
+    assert done.exit_code == 2 and "no such file; give a text, 'self', 'self:FILE' or 'random'" in done.stderr
     done = run("quantize", *options, "-r", "w8a8")
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "q.json").read_text())

@@ -53,6 +53,7 @@ def evaluate(
     """
     net, tokenizer = load(model, dtype, device, threads, seed, recipe, text or [], (json, html, needle))
     from turboquant.evaluate import fidelity, longcontext, report
+    from turboquant.evaluate.linear import stored_note
     from turboquant.evaluate.texts import bundled
 
     texts: Any = text or bundled()
@@ -66,7 +67,9 @@ def evaluate(
             found = longcontext.needle(net, tokenizer, recipe, ctx, n=needles, seed=seed, texts=texts, progress=show)
             put_json(str(needle), found)
     console = open_console(json)
-    console.print(report.table("Fidelity", rows, report.FIDELITY))
+    console.print(report.table("Fidelity against the model as it is", rows, report.FIDELITY))
+    if note := stored_note(net):
+        console.print(note, style="yellow", markup=False)
     if found:
         console.print(report.table("Needle in a haystack", found, report.NEEDLE))
     if html:

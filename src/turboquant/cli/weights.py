@@ -84,11 +84,14 @@ def bench(
     """
     net, _ = load(model, dtype, device, threads, seed, recipe, [], (json, png))
     from turboquant.evaluate import plots, report, results, speed
+    from turboquant.evaluate.linear import stored_note
 
     with progress(quiet) as show:
         rows = speed.bench(net, recipe, prompt, new, batch, repeats, show)
     console = open_console(json)
     console.print(report.table(f"Speed and bytes, {rows[0]['dtype']} on {rows[0]['device']}", rows, report.SPEED))
+    if note := stored_note(net):
+        console.print(note, style="yellow", markup=False)
     if png:
         results.write(png, plots.speed_plot(rows))
     put_json(json, rows)

@@ -62,7 +62,8 @@ def scheme(name: str | Recipe) -> Scheme:
     try:
         recipe = parse_recipe(name)
     except RecipeError as e:
-        raise RecipeError(f"{e} To compare with: {BASE}, {', '.join((*BASELINES, *LINEAR_BASELINES))}.") from None
+        others = ", ".join((BASE, *BASELINES, *LINEAR_BASELINES))
+        raise RecipeError(f"{str(e).rstrip('.')}. To compare with: {others}.") from None
     if recipe == Recipe():
         raise RecipeError("recipe 'none' quantizes nothing: name one with weights, activations or cache")
     return recipe

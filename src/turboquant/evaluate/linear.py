@@ -124,6 +124,17 @@ def folder_recipe(model: Any) -> Recipe | None:
     return recipe if recipe != Recipe() else None
 
 
+def stored_note(model: Any) -> str | None:
+    """What a comparison with a folder of quantized layers cannot show, None for any other model."""
+    recipe = _stored(model)
+    if recipe is None or recipe.weights is None:
+        return None
+    return (
+        f"The linear layers are stored as {recipe.name!r}, and what rows are compared with has them too: only "
+        "the cache differs. For what the weights cost and gain, name the model that the folder was made from."
+    )
+
+
 @contextmanager
 def _faked(model: Any, s: LinearBaseline) -> Iterator[None]:
     if any(experts_products(m) for m in model.modules()):

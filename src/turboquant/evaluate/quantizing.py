@@ -105,7 +105,7 @@ def check_source(feedback: Path | str | None) -> None:
     if str(feedback).partition(":")[0] in FEEDBACK:
         check_feedback(str(feedback))
     elif not Path(feedback).is_file():
-        raise EvaluateError(f"feedback={str(feedback)!r}: no such file; give a text, 'self' or 'random'")
+        raise EvaluateError(f"feedback={str(feedback)!r}: no such file; give a text, 'self', 'self:FILE' or 'random'")
 
 
 def feedback_moments(
