@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 from importlib import resources
 from pathlib import Path
 
@@ -42,9 +43,17 @@ def smollm2_gguf() -> Path:
 
 
 def pytest_collection_modifyitems(items):
+    """What a machine cannot run is skipped; what it can run and a kernel refuses is not."""
     import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):  # not keywords, which hold parameter ids too
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    gpu = torch.cuda.is_available()
+    missing = {
+        "cuda": None if gpu else "needs a CUDA device",
+        "hopper": None if not gpu or torch.cuda.get_device_capability() == (9, 0) else "needs compute capability 9.0",
+        "nvrtc": None if (platform.system(), platform.machine()) == ("Linux", "x86_64")
+        else "the test extra brings NVRTC on Linux x86-64",
+    }  # fmt: skip
+    for item in items:
+        for mark, why in missing.items():
+            if why and item.get_closest_marker(mark):  # not keywords, which hold parameter ids too
+                item.add_marker(pytest.mark.skip(reason=why))

@@ -4,7 +4,6 @@ Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulatio
 """
 
 import ctypes
-import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -22,9 +21,6 @@ from turboquant.packed.page import PageLayout
 from turboquant.recipe import parse_recipe
 
 BF16, F16 = torch.bfloat16, torch.float16
-HAS_NVRTC = pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the test extra brings NVRTC on Linux x86-64"
-)
 
 
 @dataclass(frozen=True)
@@ -275,7 +271,7 @@ def test_it_runs_in_a_cuda_graph(tokens):
     assert torch.equal(got, want)
 
 
-@HAS_NVRTC
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
 @pytest.mark.parametrize("d, rows", [(64, 7), (128, 4), (128, 32), (256, 8)])
 def test_the_sources_compile(d, rows, arch):
@@ -286,7 +282,7 @@ def test_the_sources_compile(d, rows, arch):
     assert nvrtc.compile_source("attention.cu", source, arch)[:4] == b"\x7fELF"
 
 
-@HAS_NVRTC
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("recipe, d", [("kv4", 128), ("k8v2", 80), ("k4v3", 256), ("kv4:hot=0", 64)])
 def test_the_sources_of_append_compile(recipe, d, arch):

@@ -5,7 +5,6 @@ Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulatio
 
 import ctypes
 import importlib
-import platform
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -204,20 +203,19 @@ def test_operands_that_do_not_fit_are_refused(wrong, emulated):
 
 
 @pytest.mark.cuda
+@pytest.mark.hopper
 @pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 def test_on_the_gpu(case):
-    if why := product.refusal(case.n, case.k, case.group or case.k, case.stages, torch.device("cuda", 0)):
-        pytest.skip(why)
+    assert product.refusal(case.n, case.k, case.group or case.k, case.stages, torch.device("cuda", 0)) is None
     check(case, "cuda")
 
 
 @pytest.mark.cuda
+@pytest.mark.hopper
 @pytest.mark.parametrize("case", [Case(4096, 4096, g, m) for g in (0, 128) for m in (3, 8)], ids=str)
 def test_a_chain_in_a_graph_has_the_bits_of_single_calls(case):
     """Twelve quantizers and products behind one another: each may start while the one before it runs."""
-    rows = pytest.importorskip("turboquant.kernels.triton.rows")
-    if why := product.refusal(case.n, case.k, case.group or case.k, 1, torch.device("cuda", 0)):
-        pytest.skip(why)
+    rows = importlib.import_module("turboquant.kernels.triton.rows")
     packed = operands(case, "cuda")[0]
     weight = product.fragments(packed.coded().codes[0], packed.group)
 
@@ -243,9 +241,7 @@ def test_a_chain_in_a_graph_has_the_bits_of_single_calls(case):
         assert torch.equal(got, want)
 
 
-@pytest.mark.skipif(
-    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="the test extra brings NVRTC on Linux x86-64"
-)
+@pytest.mark.nvrtc
 @pytest.mark.parametrize(
     "case", [Case(4096, 4096, g, m, s) for s in (1, 2) for m in (1, 16) for g in (0, 128)], ids=str
 )

@@ -2,99 +2,18 @@
 
 import random
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
+from block_engine import D, Engine, G, H, expected, in_any_order, near, stream
 
 from turboquant.integrations.vllm.blocks import BlockLayout
-from turboquant.integrations.vllm.pages import Pages, TurboQuantImpl
-from turboquant.integrations.vllm.plan import NULL, order, pieces, plan
+from turboquant.integrations.vllm.plan import NULL, order, pieces
 from turboquant.integrations.vllm.spec import TailSpec
-from turboquant.integrations.vllm.tail import Tail, expand, pool
-from turboquant.layers.cache import LayerCache
+from turboquant.integrations.vllm.tail import expand, pool
 from turboquant.maths.tracker import ChannelTracker, page_stats
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import parse_recipe
-
-H, G, D = 2, 2, 32
-SCALE = 0.2
-
-
-class Engine:
-    """What vLLM does with blocks: a pool full of garbage; tail blocks given as TailSpec wants, and taken back."""
-
-    def __init__(self, recipe, dtype=torch.float32, window=None, softcap=None, blocks=400):
-        kv = parse_recipe(recipe).kv
-        self.layout = BlockLayout(kv, D, dtype)
-        self.tail = Tail(self.layout, H)
-        config = SimpleNamespace(enable_prefix_caching=True, prefix_cache_retention_interval=0)
-        self.spec = self.tail.get_kv_cache_spec(SimpleNamespace(cache_config=config))
-        self.pool = torch.full((blocks, H, 1, self.layout.row), 0xFF, dtype=torch.uint8)  # NaN in every dtype
-        self.tail.bind_kv_cache(self.pool)
-        layer = SimpleNamespace(num_heads=H * G, num_kv_heads=H, head_size=D, sliding_window=window, has_sink=False)
-        layer.kv_cache_dtype = "auto"
-        was = SimpleNamespace(scale=SCALE, logits_soft_cap=softcap)
-        self.impl = TurboQuantImpl(layer, was, "x", self.layout, self.tail)
-        self.free = list(range(1, blocks))
-        random.Random(0).shuffle(self.free)
-        self.pages: dict[str, list[int]] = {}
-        self.tails: dict[str, list[int]] = {}
-
-    def grow(self, name, start, end):
-        """Blocks for the tokens up to `end`; those of the tail that `start` does not need any more go back."""
-        pages, tails, size = self.pages.setdefault(name, []), self.tails.setdefault(name, []), self.layout.tokens
-        for i in range(self.spec.sink_blocks, max(0, start - self.spec.sliding_window + 1) // size):
-            if tails[i] != NULL:
-                self.pool[tails[i]] = 0xFF  # another request may write here
-                self.free.append(tails[i])
-                tails[i] = NULL
-        while len(pages) * self.layout.kv.page < end:
-            pages.append(self.free.pop())
-        while len(tails) * size < end:
-            tails.append(self.free.pop() if self.spec.wanted(len(tails), end) else NULL)
-
-    def step(self, work):
-        """work: (name, start, q, k, v), each of q, k, v (n, heads, d) -> outputs."""
-        for name, start, q, _, _ in work:
-            self.grow(name, start, start + len(q))
-        tables = [[t[name] for name, *_ in work] for t in (self.tails, self.pages)]
-        tail, page = (torch.tensor([r + [NULL] * (max(map(len, t)) - len(r)) for r in t]).int() for t in tables)
-        q, k, v = (torch.cat([w[i] for w in work]) for i in (2, 3, 4))
-        out = torch.full_like(q, torch.nan)
-        calls = plan(self.layout, [w[1] for w in work], [len(w[2]) for w in work], tail)
-        self.impl.step(calls, Pages(page), q, k, v, self.pool, out)
-        return list(out.split([len(w[2]) for w in work]))
-
-    def stored(self, name, tokens):
-        """(pages, H, page_bytes) of the completed pages of a request."""
-        size = PageLayout(self.layout.kv, D).page_bytes
-        return self.pool[self.pages[name][: tokens // self.layout.kv.page], :, 0, :size]
-
-
-def stream(n, seed, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    scale = torch.rand(D, generator=g) * 3 + 0.1
-    q, k, v = (torch.randn(n, h, D, generator=g) * s for h, s in ((H * G, 1.0), (H, scale), (H, 1.0)))
-    return q.to(dtype), (k + scale).to(dtype), v.to(dtype)
-
-
-def expected(recipe, streams, window=None, softcap=None):
-    """Outputs and pages of our own cache, every row reading what a decode step would."""
-    out = []
-    for q, k, v in streams:
-        cache = LayerCache(parse_recipe(recipe).kv, window)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        o = cache.step(q, k, v, scaling=SCALE, softcap=softcap, row_exact=True)
-        ids = [i for i in cache._pages[0] if i >= 0]
-        out.append((o[0].transpose(0, 1), cache.buf.pages[ids]))
-    return out
-
-
-def near(got, want):
-    tolerance = 2e-2 if got.dtype == torch.bfloat16 else 2e-5
-    torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)
-
 
 CASES = [
     ("kv4", torch.float32, None, None),
@@ -113,19 +32,8 @@ def test_any_schedule_gives_the_bytes_and_outputs_of_our_own_cache(recipe, dtype
     rng = random.Random(seed)
     lengths = [rng.randrange(5, 420) for _ in range(4)]
     streams = [stream(n, seed * 10 + i, dtype) for i, n in enumerate(lengths)]
-    engine, done = Engine(recipe, dtype, window, softcap), [0] * 4
-    outputs = [torch.full_like(s[0], torch.nan) for s in streams]
-    while any(d < n for d, n in zip(done, lengths, strict=True)):
-        work = []
-        for i in rng.sample(range(4), rng.randrange(1, 5)):
-            n = min(lengths[i] - done[i], rng.choice((1, 1, 1, 5, 64, 90, 300)))
-            if n:
-                work.append((str(i), done[i], *(x[done[i] : done[i] + n] for x in streams[i])))
-        if not work:
-            continue
-        for (name, start, q, *_), out in zip(work, engine.step(work), strict=True):
-            outputs[int(name)][start : start + len(q)] = out
-            done[int(name)] = start + len(q)
+    engine = Engine(recipe, dtype, window, softcap)
+    outputs = in_any_order(engine, streams, rng, (1, 1, 1, 5, 64, 90, 300))
     for i, (want, pages) in enumerate(expected(recipe, streams, window, softcap)):
         near(outputs[i], want)
         assert torch.equal(engine.stored(str(i), lengths[i]), pages)

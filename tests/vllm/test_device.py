@@ -9,26 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+    # vLLM for CPUs comes without Triton; `make test-vllm` runs this file by itself, with one for its interpreter
+    pytest.skip("needs a GPU or Triton's interpreter: a run of its own in `make test-vllm`", allow_module_level=True)
 
-import test_cache_blocks
-
-if torch.cuda.is_available():
-    test_cache_blocks.D = 128  # the CUDA kernels have no 32
-from test_cache_blocks import SCALE, D, Engine, G, H, stream
+from block_engine import D, Engine, G, H, expected, in_any_order, near, stream
 
 from turboquant.integrations.vllm import device, prompt
 from turboquant.integrations.vllm.plan import NULL
 from turboquant.integrations.vllm.tail import pool
 from turboquant.kernels import ops
 from turboquant.kernels.triton.carry import Carrier
-from turboquant.layers.cache import LayerCache
-from turboquant.recipe import parse_recipe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BF16 = torch.bfloat16
+BF16, REFERENCE = torch.bfloat16, "reference"
 
 
 def flash(impl, q, k, v, causal, left):
@@ -91,19 +85,6 @@ class DeviceEngine(Engine):
         return list(out.cpu().split([len(w[2]) for w in work] + [1] * padding))[: len(work)]
 
 
-def expected(recipe, streams, window=None, softcap=None, sinks=None):
-    """Outputs and pages of our own cache on the reference, every row reading what a decode step would."""
-    out = []
-    for rows in streams:
-        cache = LayerCache(parse_recipe(recipe).kv, window)
-        q, k, v = (x.transpose(0, 1)[None] for x in rows)
-        with ops.use_backend("reference"):
-            o = cache.step(q, k, v, scaling=SCALE, softcap=softcap, sink_logits=sinks, row_exact=True)
-        ids = [i for i in cache._pages[0] if i >= 0]
-        out.append((o[0].transpose(0, 1), cache.buf.pages[ids]))
-    return out
-
-
 def same(engine, name, tokens, want):
     """Triton may store the neighbouring scale of a row; the CUDA kernels write the reference's bytes."""
     got = engine.stored(name, tokens).cpu()
@@ -112,10 +93,6 @@ def same(engine, name, tokens, want):
         assert torch.equal(got, want)
     else:
         assert (got != want).float().mean() < 2e-3
-
-
-def near(got, want):
-    torch.testing.assert_close(got.float(), want.float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -132,21 +109,10 @@ def test_any_schedule_gives_the_bytes_and_outputs_of_our_own_cache(recipe, windo
     rng = random.Random(1)
     lengths = [230, 70]
     streams = [stream(n, i, BF16) for i, n in enumerate(lengths)]
-    engine, done = DeviceEngine(recipe, window=window, softcap=softcap), [0] * 2
+    engine = DeviceEngine(recipe, window=window, softcap=softcap)
     engine.impl.sinks = None if sinks is None else sinks.to(DEVICE)
-    outputs = [torch.full_like(s[0], torch.nan) for s in streams]
-    while any(d < n for d, n in zip(done, lengths, strict=True)):
-        work = []
-        for i in rng.sample(range(2), rng.randrange(1, 3)):
-            n = min(lengths[i] - done[i], rng.choice((1, 5, 8, 60, 90, 200)))
-            if n:
-                work.append((str(i), done[i], *(x[done[i] : done[i] + n] for x in streams[i])))
-        if not work:
-            continue
-        for (name, start, q, *_), out in zip(work, engine.step(work), strict=True):
-            outputs[int(name)][start : start + len(q)] = out
-            done[int(name)] = start + len(q)
-    for i, (want, pages) in enumerate(expected(recipe, streams, window, softcap, sinks)):
+    outputs = in_any_order(engine, streams, rng, (1, 5, 8, 60, 90, 200))
+    for i, (want, pages) in enumerate(expected(recipe, streams, window, softcap, sinks, REFERENCE)):
         near(outputs[i], want)
         if window is None:
             same(engine, str(i), lengths[i], pages)
@@ -162,7 +128,7 @@ def test_a_padded_batch_as_a_graph_runs_it():
         got = engine.step([(str(i), t, *(x[t : t + 1] for x in s)) for i, s in enumerate(streams)], padding=2)
         for out, rows in zip(outs, got, strict=True):
             out.append(rows)
-    for i, (want, pages) in enumerate(expected("kv4", streams)):
+    for i, (want, pages) in enumerate(expected("kv4", streams, backend=REFERENCE)):
         near(torch.cat(outs[i]), want[126:])
         same(engine, str(i), 130, pages)
     assert torch.equal(engine.pool[NULL], before), "rows of padding write nothing"
@@ -178,7 +144,7 @@ def test_a_hit_on_what_the_same_step_writes(first):
     engine.pages["b"], engine.tails["b"] = list(engine.pages["a"]), list(engine.tails["a"])
     new = first + 40 if first == 512 else 513
     b, _ = engine.step([("b", 512, *part(512, new)), ("a", 511, *part(511, 512))])
-    near(b, expected("kv4", [(q, k, v)])[0][0][512:new])
+    near(b, expected("kv4", [(q, k, v)], backend=REFERENCE)[0][0][512:new])
 
 
 def test_nonfinite_tokens_are_counted_once():
