@@ -58,10 +58,13 @@ def test_chunks_read_what_whole_windows_read(rows, tiny_llama, tiny_tokenizer, p
     )
     options = dict(ctx=512, tokens=1024, name="tiny", chunk=100, backend="reference")
     (row,) = fidelity(tiny_llama, tiny_tokenizer, ["kv4"], prose, **options)
-    handle.remove()
     assert passes.count(100) == 2 * 5 and passes.count(12) == 2 and row["kernel"] == row["backend"] == "reference"
     for key in ("ppl", "kl", "top1", "match"):
         assert row[key] == pytest.approx(rows["kv4"][key], rel=0.02), key
+    passes.clear()
+    fidelity(tiny_llama, tiny_tokenizer, ["w4a8"], prose, **options)
+    assert passes.count(100) == 2 * 5 and passes.count(12) == 2, "recipes without a cache too"
+    handle.remove()
     with pytest.raises(BackendError, match="cuda"):
         fidelity(tiny_llama, tiny_tokenizer, ["kv4"], prose, **options | {"backend": "cuda"})
 

@@ -11,7 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from turboquant.cli import app
-from turboquant.evaluate import EvaluateError, fidelity
+from turboquant.evaluate import EvaluateError, fidelity, quantizing
 from turboquant.evaluate.inputs import linear_inputs
 from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_scheme
 from turboquant.evaluate.models import load
@@ -197,6 +197,13 @@ def test_quantize_refuses_before_any_work(tiny_folder, tmp_path):
         with pytest.raises(EvaluateError, match=words):
             quantize(tiny_folder, tmp_path / out, recipe)
     assert not (tmp_path / "q").exists()
+
+
+def test_quantize_refuses_names_before_the_model_says_anything(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizing, "feedback_moments", lambda *a: pytest.fail("minutes for nothing"))
+    for wrong in ({"keep": ["no_proj"]}, {"overrides": {"no_proj": "w8"}}):
+        with pytest.raises(RecipeError, match="no_proj"):
+            quantize(tiny_folder, tmp_path / "q", "w4a8", feedback="self", **wrong)
 
 
 def run(*arguments):

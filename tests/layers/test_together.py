@@ -79,6 +79,12 @@ def test_another_or_a_changed_input_or_weight_is_computed_anew(layers, calls):
         layers[0](y)
         layers[2].weight, twins[2].weight = layers[2].weight.flip(0), twins[2].weight.flip(0)
         assert torch.equal(layers[2](y), twins[2](y)) and calls == [3] * 7
+        layers[0](y)
+        layers[1].bias.add_(1), twins[1].bias.add_(1)
+        assert torch.equal(layers[1](y), twins[1](y)) and calls == [3] * 8, "that of layer 0 was left from before"
+        layers[0](y)
+        layers[2].weight_scale.mul_(2), twins[2].weight_scale.mul_(2)
+        assert torch.equal(layers[2](y), twins[2](y)) and calls == [3] * 9
 
 
 def test_weights_that_are_elsewhere_are_not_read(layers, calls):
@@ -102,9 +108,9 @@ def test_nothing_is_kept_longer_than_its_input(layers, calls):
     x = torch.randn(3, 64)
     with torch.no_grad():
         layers[0](x)
-    assert layers[0].together._made is not None
+    assert layers[0].together.kept._last is not None
     del x
-    assert layers[0].together._made is None
+    assert layers[0].together.kept._last is None
 
 
 def test_gradients_and_inference_mode_take_the_ordinary_way(layers, calls):

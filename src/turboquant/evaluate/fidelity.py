@@ -106,7 +106,8 @@ def fidelity(
         progress: called with (recipe, windows done, windows of it).
         moments: second moments of the inputs of linear layers (`evaluate.linear.collect_moments`): weights are
             rounded with error feedback then, and "+feedback" stands behind the recipe's name in the rows.
-        chunk: tokens of a forward pass, for the base too; by default PIECE. What fits a GPU's decode kernel (8) is what
+        chunk: tokens of a forward pass, for the base and recipes without a cache too; by default PIECE where there is
+            a cache. What fits a GPU's decode kernel (8) is what
             it serves; longer chunks are prompts to the kernels, though every row reads what decode reads.
         backend: that every op runs on, see `kernels.ops.use_backend`.
 
@@ -154,7 +155,7 @@ def fidelity(
     if todo:
         say = progress or (lambda *_: None)
         head = Head.of(model, ids[:1, :8])
-        feed = partial(_run, model, head, ids=ids, batch=batch, progress=say, chunk=chunk or PIECE)
+        feed = partial(_run, model, head, ids=ids, batch=batch, progress=say, chunk=chunk)
         base = feed(BASE)
         states, target = base.hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         nll = head.nll(states, target)
@@ -190,7 +191,14 @@ def _cache(model: Any, recipe: Recipe) -> Any:
 
 
 def _run(
-    model: Any, head: Head, s: Scheme, ids: Tensor, batch: int, progress: Progress, chunk: int, moments: Any = None
+    model: Any,
+    head: Head,
+    s: Scheme,
+    ids: Tensor,
+    batch: int,
+    progress: Progress,
+    chunk: int | None,
+    moments: Any = None,
 ) -> _Run:
     """All windows through the model under one scheme."""
     from transformers import DynamicCache
@@ -208,12 +216,12 @@ def _run(
             cache: Any = None
             if isinstance(s, Recipe) and s.kv is not None:
                 cache = _cache(model, s)
-            elif s == BASE:
+            elif s == BASE or (chunk is not None and not isinstance(s, Baseline)):
                 cache = DynamicCache(config=model.config)
-            hidden.append(_forward(head.decoder, part, cache, chunk))
+            hidden.append(_forward(head.decoder, part, cache, chunk or PIECE))
             if _has_kv(s):
                 nonfinite += cache.nonfinite_tokens
-            facts = facts or _facts(s, cache, part, chunk) | _linear_facts(model, s, part.device)
+            facts = facts or _facts(s, cache, part, chunk or PIECE) | _linear_facts(model, s, part.device)
             progress(scheme_name(s), min(i + batch, len(ids)), len(ids))
     facts |= {"nonfinite": nonfinite, "seconds": round(time.perf_counter() - began, 2)}
     return _Run(torch.cat(hidden), facts, head)

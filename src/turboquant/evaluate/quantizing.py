@@ -61,7 +61,7 @@ def quantize(
     if any(isinstance(m, Quantized) for m in model.modules()):
         raise EvaluateError(f"{name} is quantized already: name the model that it was made from")
     before = _bytes(model)
-    moments = feedback_moments(model, tokenizer, feedback, progress) if feedback else None
+    moments = (lambda: feedback_moments(model, tokenizer, feedback, progress)) if feedback else None
     rows = quantize_loaded(model, config, moments, progress)
     packed = [r for r in rows if r["bits"] is not None]
     if not packed:
@@ -102,7 +102,7 @@ def check_source(feedback: Path | str | None) -> None:
     """
     if feedback is None:
         return
-    if str(feedback).partition(":")[0] in FEEDBACK:
+    if _needs_no_text(feedback):
         check_feedback(str(feedback))
     elif not Path(feedback).is_file():
         raise EvaluateError(f"feedback={str(feedback)!r}: no such file; give a text, 'self', 'self:FILE' or 'random'")
@@ -112,9 +112,13 @@ def feedback_moments(
     model: Any, tokenizer: Any, feedback: Path | str, progress: Progress | None = None
 ) -> dict[str, Tensor]:
     """Second moments for error feedback, from what `quantize` takes as `feedback`."""
-    if str(feedback).partition(":")[0] in FEEDBACK:
+    if _needs_no_text(feedback):
         return moments_without_data(model, str(feedback), progress)
     return collect_moments(model, tokenizer, feedback, progress=progress)
+
+
+def _needs_no_text(feedback: Path | str) -> bool:
+    return str(feedback).partition(":")[0] in FEEDBACK
 
 
 def _numbers(row: dict[str, Any]) -> int:

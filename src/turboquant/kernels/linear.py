@@ -79,6 +79,9 @@ class Shared:
     def __init__(self) -> None:
         self._last: tuple[Any, ...] | None = None  # of what, its version, key, rows: one value, for threads share it
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_last": None}  # a copy starts empty
+
     def take(self, x: Tensor, key: Any, make: Callable[[], Any]) -> Any:
         """make(), or what it gave last time if x is that very tensor, unchanged, and key is equal."""
         if torch.compiler.is_compiling() or x.is_inference():

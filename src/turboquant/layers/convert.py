@@ -34,6 +34,11 @@ def check_overrides(argument: str, overrides: Mapping[str, str], part: str, word
             raise RecipeError(f"{argument}: {recipe!r} for {pattern!r} has no {words}")
 
 
+def _is(name: str, skip: str) -> bool:
+    """Whether a module's name is this one, or ends in it."""
+    return name == skip or name.endswith("." + skip)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to quantize how.
@@ -53,7 +58,7 @@ class Plan:
 
     def skips(self, name: str) -> bool:
         """Whether a module is among those named to stay as they are."""
-        return any(name == s or name.endswith("." + s) for s in self.skip)
+        return any(_is(name, s) for s in self.skip)
 
     def of(self, name: str) -> Recipe | None:
         """The linear recipe of a module, None if it stays as it is."""
@@ -77,7 +82,7 @@ def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = (), head: n
     """
     names = [n for n, _ in model.named_modules()]
     for skip in asked:
-        if not any(n == skip or n.endswith("." + skip) for n in names):
+        if not any(_is(n, skip) for n in names):
             raise RecipeError(f"{skip!r}, to be left as it is, names no module of this model")
     for pattern, recipe in plan.overrides.items():
         if not any(re.search(pattern, n) for n in names):

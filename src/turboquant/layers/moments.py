@@ -70,9 +70,12 @@ def own_words(
     """
     count = -(-tokens // ctx)
     first = torch.randint(0, _vocabulary(model), (count, 1), generator=torch.Generator().manual_seed(seed))
-    dtype = str(model.dtype).removeprefix("torch.")
-    what = {"model": _fingerprint(model), "dtype": dtype, "ctx": ctx, "seed": seed}
-    rows = _read(file, what) if file else []
+    what: dict[str, Any] = {}
+    rows: list[list[int]] = []
+    if file:
+        dtype = str(model.dtype).removeprefix("torch.")
+        what = {"model": _fingerprint(model), "dtype": dtype, "ctx": ctx, "seed": seed}
+        rows = _read(file, what)
     while len(rows) < count:
         ids = first[len(rows) : len(rows) + ROUND].to(model.device)
         draw, cache = torch.Generator(model.device).manual_seed(seed + len(rows)), None

@@ -1,12 +1,13 @@
 """Layers that read the same input (q, k, v): the first one that is called computes all of them in one call."""
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from turboquant.kernels import ops
+from turboquant.kernels.linear import Shared
+from turboquant.packed.tensor import PackedTensor
 
 
 class Together:
@@ -21,10 +22,7 @@ class Together:
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
-        self._made: tuple[Any, ...] | None = None  # of what, its version, kernel, outputs: one value, for threads
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "_made": None}
+        self.kept = Shared()  # by input and kernel: outputs not asked for yet, and what they were computed from
 
     def take(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's output for x (..., K), (..., N) in x's dtype; None if it has to run by itself."""
@@ -35,25 +33,26 @@ class Together:
         run = ops.fused("linears", layer.slot.spec(x.dtype), x.device)
         if run is None:
             return None
-        made, number, packed = self._made, id(layer), layer.slot.packed()
-        if made is not None and made[0]() is x and made[1] == x._version and made[2] is run:
-            y, of, version = made[3].pop(number, (None, None, 0))
-            if y is not None and of is packed.codes and version == of._version:
+        number, kept = id(layer), self.kept.made(x, run)
+        if kept is not None:
+            y, of = kept.pop(number, (None, []))
+            if y is not None and _same(of, _versions(layer.slot.packed(), layer.bias)):
                 return y
         pairs = [(one.slot.packed(), one.bias) for one in self.layers]
         if not all(t is None or t.device == x.device for w, b in pairs for t in (w.codes, w.scale, w.zero, b)):
             return None
         slot = layer.slot
         ys = run(x, pairs, slot.recipe.activations, slot.state())
-        kept = {
-            id(one): (y, w.codes, w.codes._version)
-            for one, y, (w, _) in zip(self.layers, ys, pairs, strict=True)
-        }  # fmt: skip
-        mine = kept.pop(number)[0]
-        self._made = weakref.ref(x, self._forget), x._version, run, kept
+        made = {id(one): (y, _versions(*of)) for one, y, of in zip(self.layers, ys, pairs, strict=True)}
+        mine = made.pop(number)[0]
+        self.kept.put(x, run, made)
         return mine
 
-    def _forget(self, ref: Any) -> None:
-        made = self._made
-        if made is not None and made[0] is ref:
-            self._made = None
+
+def _versions(weight: PackedTensor, bias: Tensor | None) -> list[tuple[Tensor, int]]:
+    """What an output depends on beside the input, and how often it was written."""
+    return [(t, t._version) for t in (weight.codes, weight.scale, weight.zero, bias) if t is not None]
+
+
+def _same(a: list[tuple[Tensor, int]], b: list[tuple[Tensor, int]]) -> bool:
+    return len(a) == len(b) and all(x is y and v == w for (x, v), (y, w) in zip(a, b, strict=True))

@@ -179,13 +179,14 @@ class TurboQuantizer(HfQuantizer):
 def quantize(
     model: Any,
     config: TurboQuantConfig | str,
-    moments: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize a model that is loaded already (from a GGUF file, say), so that it can be used and saved.
 
     Args:
-        moments, progress: as of `layers.convert.quantize_model`; moments take the place of the config's feedback.
+        moments, progress: as of `layers.convert.quantize_model`; moments take the place of the config's feedback, and
+            what gives them is called when nothing can be refused any more.
 
     Returns:
         its rows, one a weight.
@@ -195,7 +196,10 @@ def quantize(
     """
     config = config if isinstance(config, TurboQuantConfig) else TurboQuantConfig(config)
     check_names(model, config.plan(), config.modules_to_not_convert, _head(model))
-    if config.feedback and moments is None:
+    list(targets(model, config.plan(), _head(model)))  # refuses now what it cannot pack
+    if callable(moments):
+        moments = moments()
+    elif config.feedback and moments is None:
         moments = moments_without_data(model, config.feedback, progress)
     rows, attached = _quantize_loaded(model, config, moments, progress)
     model.config.quantization_config = config
