@@ -137,7 +137,7 @@ def test_the_native_rows_are_used_where_they_are_built(monkeypatch):
     from turboquant.maths.activations import encode_int8
 
     module = importlib.import_module("turboquant.kernels.cpu.linear")
-
+    monkeypatch.setattr(cpu, "_native", cpu._native or object())
     seen = []
 
     def native(x, block):
@@ -145,7 +145,7 @@ def test_the_native_rows_are_used_where_they_are_built(monkeypatch):
         rows = encode_int8(x)
         return rows.codes, rows.unit[:, 0]
 
-    monkeypatch.setattr(module, "_quantize_rows", lambda: native)
+    monkeypatch.setattr(module.rows, "quantize_rows", native)
     assert module.supports("quantize", SPEC, torch.device("cpu")) is None
     x = torch.randn(2, 3, 96)
     got, want = module.quantize(x, A8), encode_int8(x)
@@ -153,8 +153,11 @@ def test_the_native_rows_are_used_where_they_are_built(monkeypatch):
     module.quantize(x, A4)
     module.quantize(x.double(), A8)
     assert len(seen) == 1
-    monkeypatch.setattr(module, "_quantize_rows", lambda: None)
-    assert "no quantize_rows" in module.supports("quantize", SPEC, torch.device("cpu"))
+    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(cpu, "_missing", "no compiler", raising=False)
+    assert "native module" in module.supports("quantize", SPEC, torch.device("cpu"))
+    module.quantize(x, A8)
+    assert len(seen) == 1
 
 
 def test_threads_share_a_model_and_not_their_rows():

@@ -202,13 +202,11 @@ class FusedMLP(nn.Module):
 
     def kernel(self, dtype: torch.dtype, device: torch.device) -> Any:
         """The op "mlp" that computes all of it in one call; None where no backend has one for these layers."""
-        run, layers = None, [*self._wide(), self.down_proj]
-        if all(_reads_int8(m) for m in layers):
-            for m in layers:
-                run = ops.fused("mlp", m.slot.spec(dtype), device)
-                if run is None:
-                    break
-        return run
+        layers = [*self._wide(), self.down_proj]
+        if not all(map(_reads_int8, layers)):
+            return None
+        runs = [ops.fused("mlp", m.slot.spec(dtype), device) for m in layers]
+        return runs[-1] if all(runs) else None
 
     def extra_repr(self) -> str:
         return f"{self.rule}"

@@ -7,7 +7,6 @@ holds a copy of the weight in a layout of its own.
 
 import importlib.util
 from collections.abc import Sequence
-from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels import linear as reference
-from turboquant.kernels.cpu import cache, head, product
+from turboquant.kernels.cpu import cache, head, product, rows
 from turboquant.kernels.linear import Coded, Hot, LinearSpec, LinearState
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.maths.rotation import hadamard_block
@@ -25,17 +24,6 @@ from turboquant.recipe import ActivationRecipe
 PACKAGE = "auto_round_kernel"
 
 
-@lru_cache(maxsize=1)
-def _quantize_rows() -> Any:
-    """The native module's fused rotation and rounding, (x (M, K), block) -> (int8 codes (M, K), fp32 units (M,));
-    None without it."""
-    try:
-        module: Any = import_module("turboquant.kernels.cpu.rows")
-    except ImportError:
-        return None
-    return module.quantize_rows if cache._native is not None else None
-
-
 def supports(op: str, spec: Any, device: torch.device) -> str | None:
     """None if the op can run, else why not."""
     if device.type != "cpu":
@@ -43,8 +31,6 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
     if op == "dense":
         return cache.supports(op, None, device) or head.refusal(spec)
     if op in ("quantize", "norm_quantize", "gate_quantize", "rotate"):
-        if not _quantize_rows():
-            return "cpu: the native module has no quantize_rows"
         inputs, bits = getattr(spec, "inputs", 16), getattr(spec, "activation_bits", 8)
         if inputs % 16 or bits != 8:
             return f"cpu: quantizes to 8 bit and in sixteens, not {inputs} inputs to {bits} bit"
@@ -70,9 +56,9 @@ def _float_rows_refusal(spec: Any) -> str | None:
 
 def quantize(x: Tensor, recipe: ActivationRecipe, hot: Hot | None = None) -> Int8Rows | Int4Rows:
     """Contract in `kernels.linear.quantize`."""
-    native, k = _quantize_rows(), x.shape[-1]
-    if recipe.bits == 8 and native is not None and k % 16 == 0 and x.dtype in reference.FLOATS:
-        codes, unit = native(x.reshape(-1, k), hadamard_block(k))
+    k = x.shape[-1]
+    if recipe.bits == 8 and cache._native is not None and k % 16 == 0 and x.dtype in reference.FLOATS:
+        codes, unit = rows.quantize_rows(x.reshape(-1, k), hadamard_block(k))
         return Int8Rows(codes.view(x.shape), unit.view(*x.shape[:-1], 1))
     return reference.quantize(x, recipe, hot)
 
