@@ -15,7 +15,7 @@ from turboquant.evaluate import EvaluateError, fidelity, quantizing
 from turboquant.evaluate.inputs import linear_inputs
 from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_scheme
 from turboquant.evaluate.models import load
-from turboquant.evaluate.quantizing import quantize
+from turboquant.evaluate.quantizing import by_kind, quantize
 from turboquant.evaluate.speed import bench
 from turboquant.layers.linear import QuantLinear
 from turboquant.layers.moments import moments_of, moments_without_data, own_words
@@ -186,6 +186,19 @@ def test_a_folder_is_compared_with_itself_and_says_so(tiny_folder, tmp_path):
     assert "only the cache" not in " ".join(done.stderr.split())
 
 
+def test_weights_add_up_by_kind():
+    one = {"recipe": "w4", "shape": (8, 8), "bits": 4.5, "bytes": 36, "bytes_before": 128, "error": 0.3}
+    rows = [one | {"name": "l.0.q_proj"}, one | {"name": "l.1.q_proj", "error": 0.4}, one | {"name": "l.0.up"},
+            one | {"name": "l.2.q_proj", "recipe": "none", "bits": None, "error": None}]  # fmt: skip
+    kinds = by_kind(rows)
+    assert [(k["kind"], k["weights"], k["bytes"]) for k in kinds] == [
+        ("q_proj", 2, 72),
+        ("up", 1, 36),
+        ("q_proj", 1, 36),
+    ]
+    assert kinds[0]["error"] == pytest.approx(0.125**0.5) and kinds[2]["error"] is None
+
+
 def test_quantize_refuses_before_any_work(tiny_folder, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -221,7 +234,9 @@ def test_commands(tiny_folder, tmp_path, prose):
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "q.json").read_text())
     assert found["summary"]["weights"] == 12 and {r["recipe"] for r in found["weights"]} == {"w8a8", "w4a8"}
-    assert "bits/weight" in done.output and "q_proj" in done.output
+    assert "bits/weight" in done.output and "q_proj" in done.output and "layers.0" not in done.output
+    done = run("quantize", tiny_folder, tmp_path / "all", "-r", "w8a8", "--layers", "--dtype", "float32", "-q")
+    assert done.exit_code == 0 and "layers.0" in done.output
     done = run("bench", tiny_folder, "-r", "w4a8", "--prompt", 16, "--new", 2, "--repeats", 1, "--dtype", "float32",
                "--device", "cpu", "-q", "--json", "-", "--png", tmp_path / "b.png")  # fmt: skip
     assert done.exit_code == 0, done.output

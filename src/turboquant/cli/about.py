@@ -56,7 +56,8 @@ def demo(
     console.print()
     console.print(report.generation_line(result["generation"]), style="dim")
     console.print(report.table("Fidelity against the unquantized model", result["fidelity"], report.FIDELITY))
-    console.print(report.table("Bytes per token", result["memory"], report.MEMORY))
+    held = f"Bytes per token (base, ring and sinks in {result['fidelity'][0]['dtype']})"
+    console.print(report.table(held, result["memory"], report.MEMORY))
     console.print(f"Report: {out / 'index.html'}")
 
 

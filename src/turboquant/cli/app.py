@@ -46,7 +46,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub name, folder, or .gguf file.", show_default=False)]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Hub name, folder, .gguf file, or smollm2: the demo's.", show_default=False),
+]
 Recipes = Annotated[
     list[str], typer.Option("--recipe", "-r", help="Several times for more; `turboquant recipes` lists them.")
 ]

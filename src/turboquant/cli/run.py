@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from turboquant.cli.app import Device, Dtype, Json, Model, Seed, Threads, app, load, open_console, put_json
+from turboquant.cli.app import Device, Dtype, Json, Model, Quiet, Seed, Threads, app, load, open_console, put_json
 
 
 @app.command()
@@ -18,6 +18,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     raw: Annotated[bool, typer.Option("--raw", help="Go on with the prompt as it is: no chat template.")] = False,
     json: Json = None,
+    quiet: Quiet = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,

@@ -35,6 +35,7 @@ def quantize(
     override: Override = None,
     feedback: Feedback = None,
     json: Json = None,
+    layers: Annotated[bool, typer.Option("--layers", help="A row for every weight, not for every kind.")] = False,
     quiet: Quiet = False,
     dtype: Dtype = "bfloat16",
     device: Device = "auto",
@@ -57,7 +58,8 @@ def quantize(
     with progress(quiet) as show:
         rows, summary = quantizing.quantize(model, out, recipe, keep or [], overrides, feedback, dtype, device, show)
     console = open_console(json)
-    console.print(report.table("Weights", rows, report.LAYERS))
+    shown = (rows, report.LAYERS) if layers else (quantizing.by_kind(rows), report.KINDS)
+    console.print(report.table("Weights", *shown))
     console.print(report.table("In all (bytes)", [summary], report.SUMMARY))
     put_json(json, {"summary": summary, "weights": rows})
 

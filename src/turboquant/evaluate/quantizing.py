@@ -94,6 +94,27 @@ def quantize(
     return rows, summary
 
 
+def by_kind(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `quantize` added up over weights of one last name, recipe and shape.
+
+    Returns:
+        rows {"kind", "weights", "recipe", "shape", "bits", "bytes", "bytes_before", "error"}: bytes are sums, the error
+        is the root of the mean square over the weights; None where nothing was packed.
+    """
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in rows:
+        name = r["name"].removesuffix(".weight").rpartition(".")[2]
+        kinds.setdefault((name, r["recipe"], tuple(r["shape"]), r["bits"]), []).append(r)
+    return [
+        {
+            "kind": name, "weights": len(some), "recipe": recipe, "shape": shape, "bits": bits,
+            "bytes": sum(r["bytes"] for r in some), "bytes_before": sum(r["bytes_before"] for r in some),
+            "error": None if bits is None else (sum(r["error"] ** 2 for r in some) / len(some)) ** 0.5,
+        }
+        for (name, recipe, shape, bits), some in kinds.items()
+    ]  # fmt: skip
+
+
 def check_source(feedback: Path | str | None) -> None:
     """Refuse what `feedback_moments` could not use.
 

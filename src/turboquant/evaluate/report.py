@@ -76,6 +76,11 @@ LAYERS: Columns = (
     ("before", "bytes_before", "{:,}"),
     ("error", "error", "{:.4f}"),
 )
+KINDS: Columns = (
+    ("kind", "kind", "{}"),
+    ("weights", "weights", "{}"),
+    *LAYERS[1:],
+)
 SUMMARY: Columns = (
     ("recipe", "recipe", "{}"),
     ("weights", "weights", "{}"),
