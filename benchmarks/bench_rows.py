@@ -203,11 +203,18 @@ def main() -> None:
     p.add_argument("--bandwidth", type=float, default=3.0, help="TB/s that a copy reaches")
     p.add_argument("--json", type=Path)
     p.add_argument("--plot", type=Path, nargs=2, metavar=("JSON", "PNG"), help="draw an earlier run's chains; no GPU")
+    p.add_argument(
+        "--few", type=int, help="rows up to which product.cu runs, instead of what `linear` has (at most 16)"
+    )
     p.add_argument("--commit", help="what was measured, where git cannot say")
     args = p.parse_args()
     if args.plot:
         plot(*args.plot)
         return
+    if args.few:
+        from turboquant.kernels.cuda import linear
+
+        linear.FEW = args.few
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False
