@@ -15,7 +15,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from block_engine import D, Engine, G, H, expected, in_any_order, near, stream
 
-from turboquant.integrations.vllm import device, prompt
+from turboquant.integrations.vllm import attention, device, prompt
 from turboquant.integrations.vllm.plan import NULL
 from turboquant.integrations.vllm.tail import pool
 from turboquant.kernels import ops
@@ -154,3 +154,14 @@ def test_nonfinite_tokens_are_counted_once():
     for a, b in ((0, 100), (100, 130), (130, 131), (131, 200)):
         engine.step([("a", a, q[a:b], k[a:b], v[a:b])])
     assert int(engine.impl.nonfinite) == 2
+
+
+def test_what_steps_on_the_device_do_not_count_is_not_reported(monkeypatch):
+    """Drift alarms of the cache: a row of zeros would be a lie."""
+    here, plain = DeviceEngine("kv4"), Engine("kv4", BF16)
+    unbound = Engine("kv4", BF16)
+    unbound.tail.kv_cache = torch.empty(0)  # as while a model is loaded
+    monkeypatch.setattr(attention, "_installed", [e.impl for e in (here, plain, unbound)])
+    here.impl.prefix, plain.impl.prefix, unbound.impl.prefix = "here", "plain", "unbound"
+    rows = attention.rows()
+    assert [labels for name, labels, _ in rows if name == "drift_alarms"] == [{"of": "cache", "layer": "plain"}]

@@ -93,7 +93,7 @@ def _ours(layer: Any) -> bool:
 
 def rows() -> list[metrics.Row]:
     """What the caches of this process are and have seen, for /metrics."""
-    impls = list(_installed)
+    impls = [i for i in _installed if i.tail.kv_cache.numel()]  # vLLM has given them their blocks
     if not impls:
         return []
     pages = [PageLayout(i.layout.kv, i.layout.head_dim) for i in impls]
@@ -102,7 +102,11 @@ def rows() -> list[metrics.Row]:
         ("cache_bits", {"part": "values"}, sum(p.value_bits for p in pages) / len(pages)),
         ("cache_bytes_per_token", {}, sum(i.num_kv_heads * i.layout.row / i.layout.kv.page for i in impls)),
         ("nonfinite_tokens", {}, max(int(i.nonfinite) for i in impls)),
-        *(("drift_alarms", {"of": "cache", "layer": i.prefix}, int(i.alarms)) for i in impls),
+        *(
+            ("drift_alarms", {"of": "cache", "layer": i.prefix}, int(i.alarms))
+            for i in impls
+            if i.tail.carrier is None  # steps on the device count none: no row, not a 0
+        ),
     ]
     for op in ops.OPS:
         kernels = {

@@ -40,7 +40,8 @@ class TurboQuantImpl(AttentionImpl):
     Attributes:
         nonfinite: () int64, tokens that arrived with a NaN or an infinity.
         alarms: () int64, pages of a KV head that drifted: coded with the statistics before them, their logits would
-            err DRIFT times as much as with their own (`ChannelTracker.misfit`).
+            err DRIFT times as much as with their own (`ChannelTracker.misfit`). Counted in the calls of `plan`, not in
+            steps on the device (`Tail.carrier`): always on CPUs, mostly not on GPUs.
     """
 
     def __init__(self, layer: Any, was: Any, prefix: str, layout: BlockLayout, tail: Tail) -> None:

@@ -59,11 +59,13 @@ class Tail(AttentionLayerBase):
 
     Attributes:
         kv_cache: (B, H, k, row) uint8, every block of the pool, bound by vLLM.
+        carrier: what steps on the device (device.py) go through; None where the calls of `plan` run.
     """
 
     def __init__(self, layout: BlockLayout, kv_heads: int, check: Callable[[Any], None] | None = None) -> None:
         self.layout, self.kv_heads, self.check = layout, kv_heads, check
         self.kv_cache = torch.empty(0)
+        self.carrier: Any = None
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return tail_backend(self.layout)
