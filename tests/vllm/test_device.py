@@ -165,3 +165,27 @@ def test_what_steps_on_the_device_do_not_count_is_not_reported(monkeypatch):
     here.impl.prefix, plain.impl.prefix, unbound.impl.prefix = "here", "plain", "unbound"
     rows = attention.rows()
     assert [labels for name, labels, _ in rows if name == "drift_alarms"] == [{"of": "cache", "layer": "plain"}]
+
+
+def test_the_kernels_that_are_reported_are_those_that_run(monkeypatch):
+    engine, ran = DeviceEngine("kv4"), {}
+
+    def choose(op, layout, device, chunk=ops.ANY, was=ops.choose):
+        name, why = was(op, layout, device, chunk)
+        ran.setdefault(op, {})[chunk.tokens, chunk.rows] = name
+        return name, why
+
+    monkeypatch.setattr(ops, "choose", choose)
+    for a, b in ((0, 100), (100, 108), (108, 109)):
+        engine.step([("a", a, *(x[a:b] for x in stream(109, 1, BF16)))])
+    steps = {(n, G * n) for n in (1, 8)}
+    assert set(ran["cache_attention"]) == steps and set(ran["cache_append"]) == steps | {(100, G * 100)}
+    want = {op: set(chunks.values()) for op, chunks in ran.items()}
+    want["cache_attention"].add("flash (prompts)")
+    ran.clear()
+    monkeypatch.setattr(attention, "_installed", [engine.impl])
+    found = {}
+    for name, labels, _ in attention.rows():
+        if name == "kernel_info":
+            found.setdefault(labels["op"], set()).add(labels["kernel"])
+    assert found == want and set(ran["cache_attention"]) == steps

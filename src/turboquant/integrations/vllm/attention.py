@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from turboquant.integrations.vllm import metrics
 from turboquant.integrations.vllm.blocks import BlockLayout
+from turboquant.integrations.vllm.device import most_tokens
 from turboquant.integrations.vllm.pages import FLOATS, TAIL, TurboQuantImpl, backend
 from turboquant.integrations.vllm.tail import Tail
 from turboquant.kernels import ops
@@ -109,12 +110,18 @@ def rows() -> list[metrics.Row]:
         ),
     ]
     for op in ops.OPS:
-        kernels = {
-            ops.choose(op, p, i.tail.kv_cache.device, ops.Chunk(i.layout.dtype, tokens=n, rows=n))[0]
-            for i, p in zip(impls, pages, strict=True)
-            for n in (1, p.kv.page)  # a step, a piece of a prompt
-        }
+        kernels = {k for i in impls for k in _kernels(op, i)}
         out += [("kernel_info", {"op": op, "kernel": k}, 1.0) for k in sorted(kernels)]
+    return out
+
+
+def _kernels(op: str, impl: TurboQuantImpl) -> set[str]:
+    """What runs an op in a step, and in the longest chunk of a prompt that reaches it."""
+    layout, attends = impl.layout, op == "cache_attention" and impl.tail.carrier is not None
+    out = {"flash (prompts)"} if attends else set()  # prompt.py: vLLM's, over pages that Triton decodes
+    for n in (1, most_tokens(layout) if attends else min(layout.kv.page, layout.kv.chunk)):
+        chunk = ops.Chunk(layout.dtype, tokens=n, rows=impl.group * n)
+        out.add(ops.choose(op, PageLayout(layout.kv, layout.head_dim), impl.tail.kv_cache.device, chunk)[0])
     return out
 
 
