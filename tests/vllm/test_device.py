@@ -189,3 +189,23 @@ def test_the_kernels_that_are_reported_are_those_that_run(monkeypatch):
         if name == "kernel_info":
             found.setdefault(labels["op"], set()).add(labels["kernel"])
     assert found == want and set(ran["cache_attention"]) == steps
+
+
+@pytest.mark.parametrize(
+    "recipe,workspace",
+    [("kv4", 64), ("k4v3:ring=80,sinks=40,page=32,rewind=8", 64), ("k4v3:ring=80,sinks=40,page=32,rewind=8", 32)],
+)
+def test_a_history_longer_than_the_workspace_is_read_in_pieces(recipe, workspace, monkeypatch):
+    """Sinks of the last recipe lie in two of them."""
+    monkeypatch.setattr(prompt, "WORKSPACE", workspace)
+    pieces, was = [], prompt.flash
+    monkeypatch.setattr(prompt, "flash", lambda impl, q, k, *args: pieces.append(len(k)) or was(impl, q, k, *args))
+    q, k, v = stream(420, 5, BF16)
+    engine, out = DeviceEngine(recipe), []
+    for a, b in ((0, 130), (130, 400), (400, 420)):
+        pieces.clear()
+        out += engine.step([("a", a, q[a:b], k[a:b], v[a:b])])
+    assert len(pieces) >= 6 and sum(pieces) == 420 + 19, "history, then the ring before the prompt, then the prompt"
+    [(want, pages)] = expected(recipe, [(q, k, v)], backend=REFERENCE)
+    near(torch.cat(out), want)
+    same(engine, "a", 420, pages)
