@@ -19,7 +19,7 @@ from turboquant.integrations.vllm import attention, device, prompt
 from turboquant.integrations.vllm.plan import NULL
 from turboquant.integrations.vllm.tail import pool
 from turboquant.kernels import ops
-from turboquant.kernels.triton.carry import Carrier
+from turboquant.kernels.triton import carry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, REFERENCE = torch.bfloat16, "reference"
@@ -40,6 +40,29 @@ def flash(impl, q, k, v, causal, left):
     return out.to(q.dtype), logits.logsumexp(-1)
 
 
+class Poisoned:
+    """torch, but that memory nobody wrote holds NaN, and integers far from any that is right."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, *size, **options):
+        return fill(torch.empty(*size, **options))
+
+    def empty_like(self, x):
+        return fill(torch.empty_like(x))
+
+
+def fill(x):
+    return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max // 2)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    for module in (carry, prompt):
+        monkeypatch.setattr(module, "torch", Poisoned())
+
+
 @pytest.fixture(autouse=True)
 def on_this_machine(monkeypatch):
     if DEVICE == "cpu":
@@ -58,7 +81,9 @@ class DeviceEngine(Engine):
         self.pool = self.pool.to(DEVICE)
         self.tail.bind_kv_cache(self.pool)
         self.blocks = pool(self.pool)
-        self.tail.carrier = Carrier(self.layout.page(self.layout.row), self.layout.tokens, self.blocks, self.tail.views)
+        self.tail.carrier = carry.Carrier(
+            self.layout.page(self.layout.row), self.layout.tokens, self.blocks, self.tail.views
+        )
         self.steps = device.Steps(self.layout, self.spec.interval, 8, torch.device(DEVICE))
         self.page_table = torch.zeros(0, 0, dtype=torch.int32, device=DEVICE)
         self.impl.nonfinite = self.impl.nonfinite.to(DEVICE)
@@ -66,6 +91,9 @@ class DeviceEngine(Engine):
     def step(self, work, padding=0):
         for name, start, q, _, _ in work:
             self.grow(name, start, start + len(q))
+            if self.impl.window is not None:  # pages out of it go back to vLLM
+                gone = max(0, start - self.impl.window + 1) // self.layout.kv.page
+                self.pages[name][:gone] = [NULL] * gone
         tables = [[t[name] for name, *_ in work] + [[]] * padding for t in (self.tails, self.pages)]
         tail, page = (torch.tensor([r + [NULL] * (40 - len(r)) for r in t]).int().to(DEVICE) for t in tables)
         counts = torch.tensor([len(w[2]) for w in work] + [0] * padding)
