@@ -1,12 +1,18 @@
-// Stands in for kernels/cuda/csrc/pipe.cuh: all blocks of a cluster run at once, and a copy is done where it is asked for.
+// Stands in for kernels/cuda/csrc/pipe.cuh: all blocks of a cluster run at once, and a copy is done as late as it may be:
+// where its thread waits for it, so that what is read before holds no data.
 #pragma once
 #include "ptx.cuh"
 static void copy16(void* to, const void* from) {
   if (u64(to) % 16 || u64(from) % 16) std::abort();
-  std::memcpy(to, from, 16);
+  fibers[current].copies.push_back({to, from, fibers[current].group});
 }
-static void copies_end() {}
-template <int N> static void copies_wait() {}
+static void copies_end() { fibers[current].group++; }
+template <int N> static void copies_wait() {
+  Fiber& f = fibers[current];
+  const auto later = std::partition(f.copies.begin(), f.copies.end(), [&](Copy& c) { return c.group >= f.group - N; });
+  for (auto c = later; c != f.copies.end(); c++) std::memcpy(c->to, c->from, 16);
+  f.copies.erase(later, f.copies.end());
+}
 static void cluster_sync() { barrier(250, alive()); }
 static u32 remote(const u32* at, int rank) {
   u32 x;

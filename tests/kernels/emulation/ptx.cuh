@@ -42,8 +42,15 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 static Three threadIdx, blockIdx, gridDim, blockDim;
 static u8 shared_memory[8][1 << 18] __attribute__((aligned(128)));  // of the blocks of a cluster
 
+struct Copy {  // of 16 bytes, of a group of copies of its thread
+  void* to;
+  const void* from;
+  int group;
+};
 struct Fiber {
   ucontext_t context;
+  std::vector<Copy> copies;  // under way
+  int group = 0;             // of the next ones
   std::vector<char> stack = std::vector<char>(1 << 17);
   bool done = false;
 };
@@ -122,7 +129,7 @@ static void launch(Three grid, int threads, std::function<void()> kernel, int cl
         std::memset(arrived, 0, sizeof arrived), std::memset(any, 0, sizeof any);
         if (int(fibers.size()) != threads * cluster) fibers = std::vector<Fiber>(threads * cluster);
         for (auto& f : fibers) {
-          f.done = false;
+          f.done = false, f.copies.clear();
           getcontext(&f.context);
           f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
           f.context.uc_link = &scheduler;
