@@ -15,7 +15,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from block_engine import D, Engine, G, H, expected, in_any_order, near, stream
 
-from turboquant.integrations.vllm import attention, device, prompt
+from turboquant.integrations.vllm import attention, device, pages, prompt
 from turboquant.integrations.vllm.plan import NULL
 from turboquant.integrations.vllm.tail import pool
 from turboquant.kernels import ops
@@ -46,7 +46,15 @@ class Poisoned:
     def __getattr__(self, name):
         return getattr(torch, name)
 
+    def __init__(self):
+        self.asked = []  # tokens of workspaces
+
+    def zeros(self, *size, **options):
+        self.asked.append(size[-3])
+        return torch.zeros(*size, **options)
+
     def empty(self, *size, **options):
+        self.asked += size[-3:-2]
         return fill(torch.empty(*size, **options))
 
     def empty_like(self, x):
@@ -59,12 +67,21 @@ def fill(x):
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
+    """Prompts take no larger workspace than is reserved for them."""
+
+    def history(impl, of, *args, was=prompt.history):
+        prompt.torch.asked.clear()
+        for part in was(impl, of, *args):
+            assert max(prompt.torch.asked) <= prompt.workspace(impl.layout.kv, impl.window, of.n)
+            yield part
+
     for module in (carry, prompt):
         monkeypatch.setattr(module, "torch", Poisoned())
+    monkeypatch.setattr(prompt, "history", history)
 
 
 @pytest.fixture(autouse=True)
-def on_this_machine(monkeypatch):
+def on_this_machine(monkeypatch, poison):
     if DEVICE == "cpu":
         monkeypatch.setattr(prompt, "flash", flash)
         with ops.use_backend("triton"):
@@ -140,10 +157,10 @@ def test_any_schedule_gives_the_bytes_and_outputs_of_our_own_cache(recipe, windo
     engine = DeviceEngine(recipe, window=window, softcap=softcap)
     engine.impl.sinks = None if sinks is None else sinks.to(DEVICE)
     outputs = in_any_order(engine, streams, rng, (1, 5, 8, 60, 90, 200))
-    for i, (want, pages) in enumerate(expected(recipe, streams, window, softcap, sinks, REFERENCE)):
+    for i, (want, packed) in enumerate(expected(recipe, streams, window, softcap, sinks, REFERENCE)):
         near(outputs[i], want)
         if window is None:
-            same(engine, str(i), lengths[i], pages)
+            same(engine, str(i), lengths[i], packed)
     assert int(engine.impl.nonfinite) == 0
 
 
@@ -156,9 +173,9 @@ def test_a_padded_batch_as_a_graph_runs_it():
         got = engine.step([(str(i), t, *(x[t : t + 1] for x in s)) for i, s in enumerate(streams)], padding=2)
         for out, rows in zip(outs, got, strict=True):
             out.append(rows)
-    for i, (want, pages) in enumerate(expected("kv4", streams, backend=REFERENCE)):
+    for i, (want, packed) in enumerate(expected("kv4", streams, backend=REFERENCE)):
         near(torch.cat(outs[i]), want[126:])
-        same(engine, str(i), 130, pages)
+        same(engine, str(i), 130, packed)
     assert torch.equal(engine.pool[NULL], before), "rows of padding write nothing"
 
 
@@ -234,6 +251,16 @@ def test_a_history_longer_than_the_workspace_is_read_in_pieces(recipe, workspace
         pieces.clear()
         out += engine.step([("a", a, q[a:b], k[a:b], v[a:b])])
     assert len(pieces) >= 6 and sum(pieces) == 420 + 19, "history, then the ring before the prompt, then the prompt"
-    [(want, pages)] = expected(recipe, [(q, k, v)], backend=REFERENCE)
+    [(want, packed)] = expected(recipe, [(q, k, v)], backend=REFERENCE)
     near(torch.cat(out), want)
-    same(engine, "a", 420, pages)
+    same(engine, "a", 420, packed)
+
+
+@pytest.mark.parametrize("window", [None, 100, 150, 40000])
+def test_the_workspace_is_reserved_when_vllm_measures_memory(window, monkeypatch):
+    engine = DeviceEngine("kv4", window=window)
+    monkeypatch.setattr(pages, "torch", Poisoned())
+    monkeypatch.setattr(pages, "serves", lambda layout, device: True)
+    q, k, v = stream(30, 1, BF16)
+    engine.impl.forward(None, q, k, v, engine.pool, None, torch.empty_like(q))
+    assert pages.torch.asked == [prompt.workspace(engine.layout.kv, window, 30)]

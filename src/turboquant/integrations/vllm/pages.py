@@ -23,7 +23,7 @@ from vllm.v1.attention.backend import (
 from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.device import Step, graphs, kept, run, serves
 from turboquant.integrations.vllm.plan import Call
-from turboquant.integrations.vllm.prompt import WORKSPACE
+from turboquant.integrations.vllm.prompt import workspace
 from turboquant.integrations.vllm.tail import Tail, expand, layouts, pool
 from turboquant.kernels import ops
 from turboquant.maths.tracker import ChannelStats, ChannelTracker
@@ -79,7 +79,8 @@ class TurboQuantImpl(AttentionImpl):
             self.nonfinite = self.nonfinite.to(query.device)
         if attn_metadata is None:  # vLLM measures memory
             if serves(self.layout, query.device):
-                torch.empty(2, WORKSPACE + len(key), *key.shape[1:], dtype=key.dtype, device=key.device)
+                tokens = workspace(self.layout.kv, self.window, len(key))
+                torch.empty(2, tokens, *key.shape[1:], dtype=key.dtype, device=key.device)
             return output.fill_(0)
         work = self._calls()
         if isinstance(work, Step):

@@ -1,13 +1,13 @@
-"""Attention of a prompt's tokens on a GPU: packed pages through a bounded 16-bit workspace, the newest as they came.
+"""Attention of a prompt's tokens on a GPU: packed pages through a 16-bit workspace, the newest as they came.
 
 The query at t reads token j in 16 bit if j > t - R or j is a sink, else packed: two products of vLLM's flash attention
 (causal to t - R, with the sinks put into the workspace as they are; a window of R tokens), merged by logsumexp.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -17,8 +17,16 @@ from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.kernels import ops
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
+from turboquant.recipe import KVRecipe
 
-WORKSPACE = 16384  # tokens of packed history that stand in 16 bit at a time, beside the prompt's own
+WORKSPACE = 16384  # tokens of packed history that stand in 16 bit at a time, where no window makes rows differ
+
+
+def workspace(kv: KVRecipe, window: int | None, n: int) -> int:
+    """Tokens of history that stand in 16 bit at a time, at most, for prompts of up to n new tokens."""
+    if window is None:
+        return max(WORKSPACE, n + 2 * kv.page)
+    return max(0, window - kv.ring + n + 2 * kv.page) if window > kv.ring else 0
 
 
 @dataclass(frozen=True)
@@ -123,10 +131,11 @@ def attention(
     """
     ring, end, window = impl.layout.kv.ring, prompt.start + prompt.n, impl.window
     near = min(ring, window or ring)
-    parts = [flash(impl, q, k, v, True, near - 1)]
+    parts: Iterator[tuple[Tensor, Tensor]] = iter([flash(impl, q, k, v, True, near - 1)])
     behind = end - ring  # tokens that the last query reads packed
     if behind > 0 and (window is None or window > ring):
-        parts[:0] = history(impl, prompt, page, buf, q, behind, None if window is None else window - ring - 1)
+        left = None if window is None else window - ring - 1
+        parts = chain(history(impl, prompt, page, buf, q, behind, left), parts)  # one at a time, as memory goes
     out, lse = reduce(merge, parts)
     if impl.sinks is not None:
         out = out * torch.sigmoid(lse.transpose(0, 1) - impl.sinks.float()).unsqueeze(-1).to(out.dtype)
@@ -135,7 +144,7 @@ def attention(
 
 def history(
     impl: Any, prompt: Prompt, page: PageLayout, buf: CacheBuffers, q: Tensor, behind: int, left: int | None
-) -> list[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(output, logsumexp) of the queries over packed tokens up to `behind`.
 
     Args:
@@ -152,7 +161,6 @@ def history(
     work = torch.zeros if left is not None else torch.empty  # pages out of the window are not written
     most = max(b - a for a, b in zip(steps, ends, strict=True)) * size
     keys, values = work(2, 1, most, q.shape[1] // impl.group, q.shape[2], dtype=q.dtype, device=q.device)
-    out = []
     for a, b in zip(steps, ends, strict=True):
         dequantize_pages(buf, page, a, b, keys.transpose(1, 2), values.transpose(1, 2))
         if a * size < sinks:
@@ -160,5 +168,4 @@ def history(
             keys[0, :n] = buf.sink_k[0, :, a * size : a * size + n].transpose(0, 1)
             values[0, :n] = buf.sink_v[0, :, a * size : a * size + n].transpose(0, 1)
         n = min(b * size, behind) - a * size
-        out.append(flash(impl, q, keys[0, :n], values[0, :n], b == ends[-1], left))
-    return out
+        yield flash(impl, q, keys[0, :n], values[0, :n], b == ends[-1], left)
