@@ -129,7 +129,7 @@ def main() -> None:
     args.shape = args.shape or (["4x100"] if args.tiny else ["8x32768", "64x4096"])
     if args.one:
         return run(args)
-    rows = []
+    rows, failed = [], []
     for cache in args.cache:
         command = [sys.executable, __file__, "--one", "--cache", cache, "--tokens", str(args.tokens)]
         command += [x for s in args.shape for x in ("--shape", s)] + ["--tiny"] * args.tiny + ["--eager"] * args.eager
@@ -141,9 +141,11 @@ def main() -> None:
                 rows.append(json.loads(line[4:]))
                 print(json.dumps(rows[-1]), flush=True)
         if process.wait():
-            print(f"{cache}: failed with {process.returncode}", flush=True)
+            failed.append(f"{cache} ({process.returncode})")
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if failed:
+        raise SystemExit(f"failed, with exit status: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
