@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 from turboquant.packed.page import PageLayout
+from turboquant.recipe import KVRecipe
 
 READER_STRIDE = 8  # every 8th token's queries are sampled for the reader power
 STATES = 2  # tracker states kept: after the last page and after the one before (for crop)
+
+
+def reader_slots(kv: KVRecipe) -> int:
+    """J, the reader samples of a sequence that are kept: those of a page that completes, and of what `rewind` takes
+    back.
+    """
+    return (kv.page + kv.rewind) // READER_STRIDE + 1
 
 
 @dataclass
@@ -55,7 +63,7 @@ class CacheBuffers:
             "ring_v": ((b, h, kv.ring_slots, d), dtype),
             "sink_k": ((b, h, kv.sinks, d), dtype),
             "sink_v": ((b, h, kv.sinks, d), dtype),
-            "readers": ((b, h, (kv.page + kv.rewind) // READER_STRIDE + 1, d), dtype),
+            "readers": ((b, h, reader_slots(kv), d), dtype),
             "tracker": ((b, STATES, h, 3, d), torch.float32),
             "length": ((b,), torch.int64),
             "nonfinite": ((b,), torch.int64),

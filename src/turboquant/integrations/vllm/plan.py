@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from turboquant.integrations.vllm.blocks import BlockLayout
-from turboquant.packed.buffers import READER_STRIDE, STATES
+from turboquant.packed.buffers import READER_STRIDE, STATES, reader_slots
 
 NULL = 0  # vLLM's null block: outside the window, not kept, or not there yet
 Place = tuple[Tensor, Tensor]
@@ -136,17 +136,13 @@ def _call(
     sampled = range(READER_STRIDE - 1, max(r[1] for r in rows) + n, READER_STRIDE)
     samples = [(g, i) for g, (_, first, _) in enumerate(rows) for i in sampled if first <= i < first + n]
     who, token = torch.tensor(samples, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
-    (who, slot), (block, place) = _where(who, token, token // READER_STRIDE % _samples(layout), size, table)
+    (who, slot), (block, place) = _where(who, token, token // READER_STRIDE % reader_slots(layout.kv), size, table)
     return Call(
         row, start, at[:, None] + step, chained, -(-max(end, latest + n) // kv.page),
         _before(layout, start, rows, table) if latest and not chained else None,
         new, ((who, slot), (block, place // READER_STRIDE)),
         _states(layout, [first + n if (first + n) % kv.page == 0 else 0 for _, first, _ in rows], table),
     )  # fmt: skip
-
-
-def _samples(layout: BlockLayout) -> int:
-    return (layout.kv.page + layout.kv.rewind) // READER_STRIDE + 1
 
 
 def _where(who: Tensor, position: Tensor, slot: Tensor, size: int, table: Tensor) -> tuple[Place, Place]:
@@ -169,7 +165,7 @@ def _before(layout: BlockLayout, start: Tensor, rows: list[tuple[int, int, int]]
         return newest - (newest - torch.arange(count, device=start.device)) % count
 
     ring = slots(kv.ring_slots, start - 1)
-    sample = slots(_samples(layout), start // READER_STRIDE - 1)
+    sample = slots(reader_slots(layout.kv), start // READER_STRIDE - 1)
     block, token = place(sample * READER_STRIDE + READER_STRIDE - 1, sample >= 0)
     sinks = torch.arange(kv.sinks, device=start.device).expand(len(rows), -1)
     return Before(

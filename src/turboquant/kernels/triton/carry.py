@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
+from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers, reader_slots
 from turboquant.packed.page import PageLayout
 
 _STATES, _STRIDE = tl.constexpr(STATES), tl.constexpr(READER_STRIDE)
@@ -161,7 +161,7 @@ class Carrier:
         assert at["k"] == 0 and at["v"] == tokens * d, "keys come first in a tail block, then values"
         self.layout, self.tokens, self.heads, self.device = layout, tokens, pool.shape[1], pool.device
         self.rows, self.states = pool.view(k.dtype), pool.view(torch.float32)
-        samples = (kv.page + kv.rewind) // READER_STRIDE + 1
+        samples = reader_slots(kv)
         self.ring_blocks = -(-(max(kv.ring, kv.page) - 1) // tokens) + 1  # that the tokens read in 16 bit can touch
         sizes = {"H": self.heads, "D": d, "DP": triton.next_power_of_2(d), "T": tokens, "ROW": self.rows.shape[2]}
         keep = sizes | {

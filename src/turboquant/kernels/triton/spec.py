@@ -18,7 +18,7 @@ from turboquant.maths.codebook import lloyd_max
 from turboquant.maths.codec import TRIALS, code_edges, codebook, int8_levels, log_decode, search_levels, token_scale
 from turboquant.maths.rotation import hadamard, hadamard_block, signs
 from turboquant.packed.bits import packed_bytes
-from turboquant.packed.buffers import READER_STRIDE
+from turboquant.packed.buffers import READER_STRIDE, reader_slots
 from turboquant.packed.page import PageLayout
 
 TABLES = ("s", "a", "signs", "key_levels", "key_edges", "value_levels", "value_edges", "key_search", "value_search")
@@ -47,7 +47,7 @@ def spec(layout: PageLayout) -> Any:
     """The numbers of a layout."""
     kv, d, f = layout.kv, layout.head_dim, layout.fields
     dp, live = _power(d), kv.codec == "live"
-    width, readers = min(dp, 128), (kv.page + kv.rewind) // READER_STRIDE + 1
+    width, readers = min(dp, 128), reader_slots(kv)
     numbers = dict(
         P=kv.page, PP=_power(kv.page), TILE=min(64, kv.page & -kv.page), D=d, DP=dp, W=width, HALVES=dp // width,
         NORM=hadamard_block(d) ** -0.5, R=kv.ring, C=kv.ring_slots, S=kv.sinks, SP=max(16, _power(kv.sinks)),
