@@ -4,6 +4,7 @@
 """
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -332,3 +333,11 @@ def test_triton_kernel_in_the_interpreter():
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_quantizer_lets_in_early_what_waits_for_its_weight_only():
+    """The CUDA product of few rows; humming-kernels, which takes more rows, gains nothing by it."""
+    from turboquant.kernels.triton.rows import LAUNCH
+
+    linear = importlib.import_module("turboquant.kernels.cuda.linear")  # the package has a function of this name
+    assert LAUNCH.early_to == linear.FEW

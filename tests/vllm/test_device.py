@@ -19,6 +19,7 @@ from turboquant.integrations.vllm import attention, device, pages, prompt
 from turboquant.integrations.vllm.plan import NULL
 from turboquant.integrations.vllm.tail import pool
 from turboquant.kernels import ops
+from turboquant.kernels.cuda.attention import MAX_TOKENS
 from turboquant.kernels.triton import carry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -264,3 +265,7 @@ def test_the_workspace_is_reserved_when_vllm_measures_memory(window, monkeypatch
     q, k, v = stream(30, 1, BF16)
     engine.impl.forward(None, q, k, v, engine.pool, None, torch.empty_like(q))
     assert pages.torch.asked == [prompt.workspace(engine.layout.kv, window, 30)]
+
+
+def test_rows_of_a_verify_step_are_no_longer_than_the_kernel_takes():
+    assert device.DECODE <= MAX_TOKENS

@@ -22,7 +22,7 @@ from turboquant.integrations.vllm.plan import order
 from turboquant.integrations.vllm.prompt import Prompt, attend
 from turboquant.kernels import ops
 
-DECODE = 8  # most new tokens of a row that goes together with others
+DECODE = 8  # most new tokens of a row that goes together with others: not above `MAX_TOKENS` of kernels/cuda/attention
 
 
 def refusal(layout: BlockLayout, device: torch.device) -> str | None:

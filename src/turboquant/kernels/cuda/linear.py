@@ -23,6 +23,7 @@ from turboquant.recipe import ActivationRecipe
 
 PACKAGE = "humming"
 FEW = 8  # rows up to which `product` takes over; it can more, but was not seen to be faster there for every shape
+# (up to as many the quantizer before it lets it in early: `Launch.early_to` of kernels/triton/rows.py is the same)
 
 
 def supports(op: str, spec: Any, device: torch.device) -> str | None:
