@@ -5,7 +5,7 @@ at the same place at every step, and every layer's part of the pool stays where 
 chunks that end where a prefix hit may, then attended to in one piece (prompt.py).
 
 What a query reads is what `plan` has it read: the newest `ring` tokens and the sinks in 16 bit, the others packed. The
-pieces of a plan do not matter for that where the ring holds a page, which is what `refusal` asks.
+pieces of a plan do not matter for that where the ring holds a page, which is what `obstacle` asks.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from turboquant.kernels import ops
 DECODE = 8  # most new tokens of a row that goes together with others: not above `MAX_TOKENS` of kernels/cuda/attention
 
 
-def refusal(layout: BlockLayout, device: torch.device) -> str | None:
+def obstacle(layout: BlockLayout, device: torch.device) -> str | None:
     """None if steps run on the device, else why `plan` and its calls serve them."""
     if layout.dtype not in (torch.bfloat16, torch.float16):
         return f"a cache in {layout.dtype}"
@@ -44,7 +44,7 @@ def refusal(layout: BlockLayout, device: torch.device) -> str | None:
 
 def serves(layout: BlockLayout, device: torch.device) -> bool:
     """Whether steps run on the device; on the CPU only `plan` does."""
-    return device.type == "cuda" and refusal(layout, device) is None
+    return device.type == "cuda" and obstacle(layout, device) is None
 
 
 def most_tokens(layout: BlockLayout) -> int:
@@ -139,10 +139,11 @@ class Steps:
             for run in runs:
                 here = [one for one in run.each() if after[one.row] == now]
                 for some in [run] if len(here) == run.count and run.n <= most else here:
-                    prompt = some.n > most and Prompt.of(
-                        self.layout, some.row, some.token, starts[some.row], some.n, self.interval, self.device
-                    )
-                    step.work.append(prompt or some)
+                    if some.n <= most:
+                        step.work.append(some)
+                        continue
+                    at = some.row, some.token, starts[some.row], some.n
+                    step.work.append(Prompt.of(self.layout, *at, self.interval, self.device))
         return step
 
 

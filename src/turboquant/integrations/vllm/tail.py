@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder
 
 from turboquant.integrations.vllm import metrics
 from turboquant.integrations.vllm.blocks import BlockLayout
-from turboquant.integrations.vllm.device import Step, Steps, graphs, refusal, serves
+from turboquant.integrations.vllm.device import Step, Steps, graphs, obstacle, serves
 from turboquant.integrations.vllm.plan import NULL, Call, plan
 from turboquant.integrations.vllm.spec import TailSpec
 from turboquant.packed.buffers import CacheBuffers
@@ -150,11 +150,13 @@ class TailBuilder(AttentionMetadataBuilder[Any]):
         # the host's lengths are exact but where drafts are accepted on the device while the next step is scheduled
         self.exact = not (vllm_config.scheduler_config.async_scheduling and vllm_config.speculative_config)
         self.steps: Steps | None = None
-        why = refusal(self.layout, device)
-        if device.type == "cuda" and why is not None:
-            warnings.warn(f"turboquant's cache is attended to eagerly, outside of CUDA graphs: {why}", stacklevel=2)
-        if serves(self.layout, device):
+        if device.type != "cuda":
+            return
+        why = obstacle(self.layout, device)
+        if why is None:
             self.steps = Steps(self.layout, kv_cache_spec.interval, vllm_config.scheduler_config.max_num_seqs, device)
+        else:
+            warnings.warn(f"turboquant's cache is attended to eagerly, outside of CUDA graphs: {why}", stacklevel=2)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
