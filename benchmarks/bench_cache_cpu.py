@@ -91,12 +91,12 @@ def decode_row(
         raise SystemExit(f"refused: output differs from the reference at {recipe}, {tokens} tokens, {shape}, {dtype}")
     calls: dict[str, Callable[[], object]] = {"ours": ours}
     for name, t in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        big, query = torch.randn(1, hk, tokens, d, dtype=t), q.to(t)
-        calls[name] = lambda big=big, query=query: sdpa(query, big, big, enable_gqa=True)
+        (keys, values), query = torch.randn(2, 1, hk, tokens, d, dtype=t), q.to(t)
+        calls[name] = lambda k=keys, v=values, query=query: sdpa(query, k, v, enable_gqa=True)
     # the best torch can do for one step: a group's heads as the rows of one matrix
     rows = q.to(dtype).view(1, hk, -1, d)
-    big = torch.randn(1, hk, tokens, d, dtype=dtype)
-    calls["grouped"] = lambda: sdpa(rows, big, big)
+    keys, values = torch.randn(2, 1, hk, tokens, d, dtype=dtype)
+    calls["grouped"] = lambda k=keys, v=values: sdpa(rows, k, v)
     got = medians(calls, 9 if tokens > 40000 else 15)
     ms = got["ours"]
     return {

@@ -1,4 +1,4 @@
-"""cache_append and cache_attention on the CPU: checks the contract, hands addresses to the native module.
+"""cache_append and cache_attention on the CPU: the native module checks the contract, this one says what breaks it.
 
 Every size and offset comes from PageLayout and every table from maths/; the C++ in csrc/ knows none. The environment
 variable TURBOQUANT_CPU_ISA (avx512vnni, avx512, avx2, portable) forces an instruction set.
@@ -8,7 +8,7 @@ Bytes are the reference's, bit for bit; outputs differ by rounding. There is no 
 
 import os
 import weakref
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -43,6 +43,16 @@ except ImportError as error:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BUFFERS = ("pages", "table", "ring_k", "ring_v", "sink_k", "sink_v", "readers", "tracker", "length", "nonfinite")
+_KINDS = (*DTYPES, torch.uint8, torch.int32, torch.int64, torch.bool)  # in the order of csrc/tensors.h
+
+
+def _exchange() -> Any:
+    """The table of C functions by which torch describes its tensors; None before 2.10."""
+    return getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+
+if _native is not None:
+    _native.use_tensors(Tensor, _KINDS, _exchange())
 
 
 @lru_cache(maxsize=1)
@@ -68,11 +78,22 @@ def supports(op: str, layout: PageLayout | None, device: torch.device) -> str | 
     return None
 
 
-@lru_cache(maxsize=64)
-def _spec(layout: PageLayout, page_bytes: int) -> Any:
-    # page_bytes is in the key: a stale size would let the native code write beyond a page
+_specs: dict[int, tuple[Any, Any]] = {}  # of layouts by identity, for their hash takes longer: a weak reference, the spec
+
+
+def _spec(layout: PageLayout) -> Any:
+    known = _specs.get(id(layout))
+    if known is None or known[0]() is not layout:
+        number = id(layout)
+        known = weakref.ref(layout, lambda _: _specs.pop(number, None)), _new_spec(layout)
+        _specs[number] = known
+    return known[1]
+
+
+def _new_spec(layout: PageLayout) -> Any:
     kv, d = layout.kv, layout.head_dim
     plain = kv.codec == "plain"
+    shapes = {name: shape for name, (shape, _) in CacheBuffers.specs(layout, 1, 1, torch.float32).items()}
     # eight-bit logarithms as the maths decodes them
     s_table = log_decode(torch.arange(256, dtype=torch.uint8))
     a_table = token_scale(torch.arange(256, dtype=torch.uint8), torch.ones((), dtype=torch.float16))
@@ -87,7 +108,11 @@ def _spec(layout: PageLayout, page_bytes: int) -> Any:
         "block": block,
         "reader_stride": READER_STRIDE,
         "states": STATES,
-        "page_bytes": page_bytes,
+        "page_bytes": layout.page_bytes,
+        "ring": kv.ring,
+        "slots": shapes["ring_k"][2],
+        "sinks": shapes["sink_k"][2],
+        "samples": shapes["readers"][2],
         "key_row": packed_bytes(d, kv.key_bits),
         "value_row": packed_bytes(d, kv.value_bits),
         "norm": block**-0.5,
@@ -117,11 +142,6 @@ def _spec(layout: PageLayout, page_bytes: int) -> Any:
     )
 
 
-def _row(x: Tensor) -> tuple[int, int, int, int, int]:
-    sb, sh, sn, _ = x.stride()
-    return x.data_ptr(), sb, sh, sn, DTYPES[x.dtype]
-
-
 def _dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x with a dense last dimension, in `dtype` or any dtype that the kernels read."""
     if x.dtype != dtype and (dtype is not None or x.dtype not in DTYPES):
@@ -129,66 +149,42 @@ def _dense(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_known: dict[int, tuple[Any, ...]] = {}  # of buffers by identity: a weak reference, what was checked, sizes, spec
-
-
-def _forget(number: int, _: Any) -> None:
-    _known.pop(number, None)
-
-
-def _check_buffers(buf: CacheBuffers, layout: PageLayout, batch: int, heads: int) -> None:
-    dtype, width = buf.ring_k.dtype, buf.table.shape[1]
-    if dtype not in DTYPES:
-        raise ValueError(f"the cache must be float32, bfloat16 or float16, not {dtype}")
-    specs = CacheBuffers.specs(layout, batch, heads, dtype, len(buf.pages), width)
-    for name in _BUFFERS:
-        t = getattr(buf, name)
-        if (tuple(t.shape), t.dtype) != specs[name]:
-            raise ValueError(f"CacheBuffers.{name} must be {specs[name]}, got {(tuple(t.shape), t.dtype)}")
-        if not t.is_contiguous():
-            raise ValueError(f"CacheBuffers.{name} must be contiguous")
-
-
-def _arguments(
+def _as_read(
     buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None
-) -> tuple[Any, ...]:
-    """Spec, addresses, sizes and strides, and last what has to stay alive while they are used."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys, values and mask as the native calls read them, which refused them as they were.
+
+    Raises:
+        ValueError: what does not match.
+    """
     b, h, n, d = k.shape
     if v.shape != k.shape or q.shape != (b, q.shape[1], n, d) or q.shape[1] % h or d != layout.head_dim:
         raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not match")
     if valid is not None and (valid.shape != (b, n) or valid.dtype != torch.bool):
         raise ValueError(f"valid must be ({b}, {n}) bool, got {tuple(valid.shape)} {valid.dtype}")
-    tensors = [getattr(buf, name) for name in _BUFFERS]
-    at = tuple([t.data_ptr() for t in tensors])
-    pool, width = tensors[0].shape[0], tensors[1].shape[1]
-    # the checks are repeated when anything moved: a decode step changes nothing but the numbers in the buffers
-    key = (at, tensors[0].shape, tensors[1].shape, b, h, layout)
-    known = _known.get(id(buf))
-    if known is None or known[0]() is not buf or known[1] != key:
-        _check_buffers(buf, layout, b, h)
-        slots, sinks, samples = buf.ring_k.shape[2], buf.sink_k.shape[2], buf.readers.shape[2]
-        known = (
-            weakref.ref(buf, partial(_forget, id(buf))),
-            key,
-            buf.ring_k.dtype,
-            (slots, sinks, samples, width, DTYPES[buf.ring_k.dtype], pool),
-            _spec(layout, layout.page_bytes),
-        )
-        _known[id(buf)] = known
-    dtype, sizes, spec = known[2:]
-    q, k, v = _dense(q), _dense(k, dtype), _dense(v, dtype)
-    valid = None if valid is None else valid.contiguous()
-    at_valid = 0 if valid is None else valid.data_ptr()
-    whole = (b, h, q.shape[1] // h, n, *sizes)
-    return spec, at, whole, _row(q), _row(k), _row(v), at_valid, (q, k, v, valid)
+    dtype, width = buf.ring_k.dtype, buf.table.shape[1]
+    if dtype not in DTYPES:
+        raise ValueError(f"the cache must be float32, bfloat16 or float16, not {dtype}")
+    specs = CacheBuffers.specs(layout, b, h, dtype, len(buf.pages), width)
+    for name in _BUFFERS:
+        t = getattr(buf, name)
+        if (tuple(t.shape), t.dtype) != specs[name]:
+            raise ValueError(f"CacheBuffers.{name} must be {specs[name]}, got {(tuple(t.shape), t.dtype)}")
+        if not t.is_contiguous() or t.device.type != "cpu":
+            raise ValueError(f"CacheBuffers.{name} must be contiguous and on the CPU")
+    return _dense(q), _dense(k, dtype), _dense(v, dtype), None if valid is None else valid.contiguous()
+
+
+_REFUSED = "the native module refused what the checks of its wrapper found right"
 
 
 def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
     """See `reference.cache_append`."""
-    if not k.shape[0] or not k.shape[2]:
+    spec, threads = _spec(layout), torch.get_num_threads()
+    if _native.append(spec, threads, buf, q, k, v, valid):
         return
-    spec, buffers, sizes, q_, k_, v_, valid_, _alive = _arguments(buf, layout, q, k, v, valid)
-    _native.append(spec, isa(), torch.get_num_threads(), buffers, sizes, q_, k_, v_, valid_)
+    if not _native.append(spec, threads, buf, *_as_read(buf, layout, q, k, v, valid)):
+        raise RuntimeError(_REFUSED)
 
 
 def cache_attention(
@@ -207,31 +203,15 @@ def cache_attention(
     """See `reference.cache_attention`."""
     b, hq, n, d = q.shape
     out = torch.empty_strided((b, hq, n, d), (n * hq * d, d, hq * d, 1), dtype=q.dtype)
-    if not out.numel():
-        return out
-    spec, buffers, sizes, q_, k_, v_, valid_, _alive = _arguments(buf, layout, q, k, v, valid)
     if mask is not None:
         mask = (mask if mask.dtype == torch.bool else mask >= 0).expand(-1, 1, n, n).contiguous()
     if sink_logits is not None:
         sink_logits = sink_logits.detach().float().contiguous()
+    spec, threads = _spec(layout), torch.get_num_threads()
+    more = (mask, sink_logits, scaling or d**-0.5, softcap or 0.0, -1 if window is None else window)
+    if _native.attention(spec, threads, buf, q, k, v, valid, out, *more):
+        return out
     kept = out if out.dtype in DTYPES else out.float()
-    _native.attention(
-        spec,
-        isa(),
-        torch.get_num_threads(),
-        buffers,
-        sizes,
-        q_,
-        k_,
-        v_,
-        _row(kept),
-        valid_,
-        0 if mask is None else mask.data_ptr(),
-        n * n if mask is not None and mask.shape[0] > 1 else 0,
-        scaling or d**-0.5,
-        softcap or 0.0,
-        -1 if window is None else window,
-        layout.kv.ring,
-        0 if sink_logits is None else sink_logits.data_ptr(),
-    )
+    if not _native.attention(spec, threads, buf, *_as_read(buf, layout, q, k, v, valid), kept, *more):
+        raise RuntimeError(_REFUSED)
     return kept.to(out.dtype)

@@ -18,6 +18,7 @@ enum DType : int { F32 = 0, BF16 = 1, F16 = 2 };
 
 struct Spec {
   int page, d, hot, plain, key_bits, value_bits, block, reader_stride, states;
+  int ring, slots, sinks, samples;  // tokens and slots of the ring, stored sinks, reader samples
   int64_t page_bytes;
   int64_t key_mean_code, key_log_s, key_log_scale, key_hot_mean, key_hot_step, key_base, key_mean_step, key_hot_index,
       key_hot_codes, key_codes, key_scale, value_base, value_log_scale, value_codes, value_scale;
