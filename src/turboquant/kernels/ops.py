@@ -7,6 +7,7 @@ says why not for chunks that it does not take. What was asked for runs, or an er
 backend that can runs, and `explain()` names it.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -173,14 +174,28 @@ def _explain(
 # ---- the cache
 
 
-def _call(op: str, buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Any:
+def _call(
+    op: str, masked: bool, buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, *args: Any
+) -> Any:  # masked: there is padding or a mask
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    masked = any(x is not None for x in args[:2] if x is None or isinstance(x, Tensor))  # valid, mask
-    n, mixed = k.shape[2], not q.dtype == k.dtype == v.dtype == buf.ring_k.dtype
-    name, _ = choose(
-        op, layout, q.device, Chunk(buf.ring_k.dtype, grad, n, q.shape[1] // k.shape[1] * n, masked, mixed)
-    )
-    return getattr(import_module(f"turboquant.kernels.{name}"), op)(buf, layout, q, k, v, *args)
+    (_, h, n, _), dtype, kept = k.shape, q.dtype, buf.ring_k.dtype
+    mixed = not dtype == k.dtype == v.dtype == kept
+    chunk = (kept, grad, n, q.shape[1] // h * n, masked, mixed)
+    return _cache_op(op, layout, q.device, _forced.get(), chunk)(buf, layout, q, k, v, *args)
+
+
+_cache_ops: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # the choice for a layout, by identity, and a kind of chunk
+
+
+def _cache_op(op: str, layout: PageLayout, device: torch.device, forced: str, chunk: tuple[Any, ...]) -> Any:
+    key = (op, id(layout), device, forced, *chunk)
+    known = _cache_ops.get(key)
+    if known is not None and known[0]() is layout:
+        return known[1]
+    name, _ = choose(op, layout, device, Chunk(*chunk))
+    run = getattr(import_module(f"turboquant.kernels.{name}"), op)
+    _cache_ops[key] = weakref.ref(layout, lambda _: _cache_ops.pop(key, None)), run
+    return run
 
 
 def cache_append(buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -188,7 +203,7 @@ def cache_append(buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, 
     if torch.compiler.is_compiling():
         torch.ops.turboquant.cache_append(*_tensors(buf), layout.kv.name, q, k, v, valid)
     else:
-        _call("cache_append", buf, layout, q, k, v, valid)
+        _call("cache_append", valid is not None, buf, layout, q, k, v, valid)
 
 
 def cache_attention(
@@ -208,7 +223,7 @@ def cache_attention(
     args = (q, k, v, valid, mask, scaling, window, softcap, sink_logits)
     if torch.compiler.is_compiling():
         return torch.ops.turboquant.cache_attention(*_tensors(buf), layout.kv.name, *args)
-    return _call("cache_attention", buf, layout, *args)
+    return _call("cache_attention", valid is not None or mask is not None, buf, layout, *args)
 
 
 # The same as operators of torch, which torch.compile keeps whole; buffers are passed as tensors.
@@ -235,7 +250,7 @@ def _append_operator(
     valid: Tensor | None,
 ) -> None:  # fmt: skip
     buf = CacheBuffers(pages, table, ring_k, ring_v, sink_k, sink_v, readers, tracker, length, nonfinite)
-    _call("cache_append", buf, _layout(recipe, k.shape[-1]), q, k, v, valid)
+    _call("cache_append", valid is not None, buf, _layout(recipe, k.shape[-1]), q, k, v, valid)
 
 
 @torch.library.custom_op("turboquant::cache_attention", mutates_args=())
@@ -247,7 +262,8 @@ def _attention_operator(
 ) -> Tensor:  # fmt: skip
     buf = CacheBuffers(pages, table, ring_k, ring_v, sink_k, sink_v, readers, tracker, length, nonfinite)
     layout = _layout(recipe, k.shape[-1])
-    out = _call("cache_attention", buf, layout, q, k, v, valid, mask, scaling, window, softcap, sink_logits)
+    args = (q, k, v, valid, mask, scaling, window, softcap, sink_logits)
+    out = _call("cache_attention", valid is not None or mask is not None, buf, layout, *args)
     return out.contiguous()
 
 

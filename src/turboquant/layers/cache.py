@@ -5,7 +5,6 @@ page is free again when no sequence names it.
 """
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,12 +112,14 @@ class LayerCache:
         size = self.kv.chunk if row_exact or n <= self.kv.rewind + 1 else n
         out = []
         for i in range(0, n, size):
-            part = slice(i, i + size)
-            qi, ki, vi = q[:, :, part], k[:, :, part], v[:, :, part]
-            some = None if valid is None else valid[:, part]
-            kwargs: dict[str, Any] = dict(scaling=scaling, window=self.window, softcap=softcap, sink_logits=sink_logits)
-            m = None if mask is None else mask[:, :, part, part]
-            out.append(ops.cache_attention(self.buf, self.layout, qi, ki, vi, some, m, **kwargs))
+            qi, ki, vi, some, m = q, k, v, valid, mask
+            if size < n:
+                part = slice(i, i + size)
+                qi, ki, vi = q[:, :, part], k[:, :, part], v[:, :, part]
+                some = None if valid is None else valid[:, part]
+                m = None if mask is None else mask[:, :, part, part]
+            args = (qi, ki, vi, some, m, scaling, self.window, softcap, sink_logits)
+            out.append(ops.cache_attention(self.buf, self.layout, *args))
             counts = [ki.shape[2]] * len(self.lengths) if some is None else some.sum(1).tolist()
             self._reserve(counts)
             ops.cache_append(self.buf, self.layout, qi, ki, vi, some)
