@@ -40,11 +40,18 @@ grep -q manylinux "$OUT/auditwheel"
 # Python and nanobind are this machine's. Nothing is linked or run.
 "$OUT/compiler/bin/python" -m pip install -q "$(grep '^ziglang==' constraints.txt)"
 export ZIG_GLOBAL_CACHE_DIR="$OUT/zig" ZIG_LOCAL_CACHE_DIR="$OUT/zig"
+INCLUDES=(-isystem "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+          -isystem "$("$PYTHON" -m nanobind --include_dir)")
+# compiles TARGET ISA SOURCE [options]
+compiles() {
+  "$OUT/compiler/bin/python" -m ziglang c++ -target "$1" -std=c++17 -O1 -fPIC -Wall -Wextra -Werror -DTQ_ARM -DTQ_ISA="$2" \
+    -DTQ_NAME="\"$2\"" "${INCLUDES[@]}" "${@:4}" -c "$3" -o "$OUT/$1.o" || { echo "$3 does not compile for $1, $2"; exit 1; }
+}
+CSRC=src/turboquant/kernels/cpu/csrc
 for target in aarch64-linux-gnu aarch64-macos; do
-  for source in src/turboquant/kernels/cpu/csrc/*.cpp; do
-    "$OUT/compiler/bin/python" -m ziglang c++ -target "$target" -std=c++17 -O1 -fPIC -Wall -Wextra -Werror -DTQ_ISA=portable \
-      -DTQ_NAME='"portable"' -isystem "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
-      -isystem "$("$PYTHON" -m nanobind --include_dir)" -c "$source" -o "$OUT/$target.o" || { echo "$source does not compile for $target"; exit 1; }
+  for source in "$CSRC"/*.cpp; do compiles "$target" portable "$source"; done
+  for part in attend linear; do  # Zig's name for -march=armv8.2-a+dotprod
+    compiles "$target" neondot "$CSRC/$part.cpp" -DTQ_NEONDOT -mcpu=generic+v8_2a+dotprod
   done
-  echo "$target: $(ls src/turboquant/kernels/cpu/csrc/*.cpp | wc -l) sources compile"
+  echo "$target: $(ls "$CSRC"/*.cpp | wc -l) sources compile, and the two with dot products"
 done

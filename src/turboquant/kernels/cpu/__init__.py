@@ -1,4 +1,4 @@
-"""The CPU backend: packed codes read with AVX-512 VNNI, AVX-512, AVX2 or portable vectors (NEON on aarch64).
+"""The CPU backend: packed codes read with AVX-512 VNNI, AVX-512, AVX2, aarch64 dot products or portable vectors.
 
 See `cache`, `rows`, `product` and `head`; the C++ is in csrc/. `linear` says which layers need auto-round-lib.
 """

@@ -1,7 +1,7 @@
 """cache_append and cache_attention on the CPU: the native module checks the contract, this one says what breaks it.
 
 Every size and offset comes from PageLayout and every table from maths/; the C++ in csrc/ knows none. The environment
-variable TURBOQUANT_CPU_ISA (avx512vnni, avx512, avx2, portable) forces an instruction set.
+variable TURBOQUANT_CPU_ISA (avx512vnni, avx512, avx2, neondot, portable) forces an instruction set.
 
 Bytes are the reference's, bit for bit; outputs differ by rounding. There is no gradient.
 """

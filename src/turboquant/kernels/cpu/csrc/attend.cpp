@@ -154,10 +154,10 @@ static void pages(const Call& c, int b, int h, int r0, int r1, int64_t first, in
     for (int r = 0; r < ROWS; r += 16) store(hot[i] + r, zero());
   }
   const bool integer = INTEGER && !s.plain, fine = c.q.dtype == F32, fused = !integer && rows <= FUSED_ROWS;
-  const bool turn_in_registers = integer && (d == 64 || d == 128);
-  const bool softmax_in_registers = integer && P == 64 && c.softcap == 0;
+  const bool turn_in_registers = IN_REGISTERS && integer && (d == 64 || d == 128);
+  const bool softmax_in_registers = IN_REGISTERS && integer && P == 64 && c.softcap == 0;
   const bool nibble_keys = turn_in_registers && P == 64 && s.key_bits == 4;
-  const bool nibble_values = integer && P == 64 && d % 32 == 0 && s.value_bits == 4;
+  const bool nibble_values = IN_REGISTERS && integer && P == 64 && d % 32 == 0 && s.value_bits == 4;
   const float scaling = softmax_in_registers ? c.scaling * LOG2_E : c.scaling;
   IntegerScratch whole(s, w.integer);
   Span span[ROWS];

@@ -3,6 +3,9 @@
 // the tokens' scales, never negative) as many unsigned ones: as fine as the dtype itself. Sums of integers have no order,
 // so a row's bits do not depend on the rows beside it.
 #pragma once
+#if defined(TQ_NEONDOT)
+#include "neon.h"
+#else
 #include "softmax.h"
 
 namespace tq {
@@ -166,3 +169,5 @@ static void digits_of(const float*, int, int, int, Digits&) {}
 
 }  // namespace TQ_ISA
 }  // namespace tq
+
+#endif  // TQ_NEONDOT

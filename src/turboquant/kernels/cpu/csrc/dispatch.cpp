@@ -1,6 +1,9 @@
 // Which instruction set runs: the best this machine has.
 #include <cstdlib>
 #include <cstring>
+#if defined(TQ_ARM) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include "driver.h"
 
@@ -21,16 +24,33 @@ TQ_DECLARE(avx2)
 TQ_DECLARE(avx512)
 TQ_DECLARE(avx512vnni)
 #endif
+#if defined(TQ_ARM) || defined(TQ_EMULATED_NEON)
+TQ_DECLARE(neondot)
+#endif
 
 namespace {
 
+#if defined(TQ_ARM)
+bool dot_products() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+  return true;  // every Mac on arm64
+#endif
+}
+#elif defined(TQ_EMULATED_NEON)
+bool dot_products() { return true; }
+#endif
+
+constexpr int MOST_ISAS = 5;
+
 struct Table {
-  const Kernels* kernels[4];
-  const Encoder* encoder[4];
-  const Quantizer* quantizer[4];
-  const Multiplier* multiplier[4];
-  const DenseMultiplier* dense[4];
-  const char* names[4];
+  const Kernels* kernels[MOST_ISAS];
+  const Encoder* encoder[MOST_ISAS];
+  const Quantizer* quantizer[MOST_ISAS];
+  const Multiplier* multiplier[MOST_ISAS];
+  const DenseMultiplier* dense[MOST_ISAS];
+  const char* names[MOST_ISAS];
   int count = 0;
   void take(const Kernels& k, const Encoder& e, const Quantizer& q, const Multiplier& m,
             const DenseMultiplier& d) {
@@ -50,6 +70,11 @@ struct Table {
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
       take(avx2::kernels, avx2::encoder, avx2::quantizer, avx2::multiplier, avx2::dense);
+    }
+#endif
+#if defined(TQ_ARM) || defined(TQ_EMULATED_NEON)
+    if (dot_products()) {
+      take(neondot::kernels, portable::encoder, portable::quantizer, neondot::multiplier, portable::dense);
     }
 #endif
     take(portable::kernels, portable::encoder, portable::quantizer, portable::multiplier, portable::dense);

@@ -29,7 +29,7 @@ static void write(const Product& p, int64_t m, int64_t n, int count, float* y) {
   }
 }
 
-#if defined(TQ_AVX512) || defined(TQ_AVX2)
+#if defined(TQ_AVX512) || defined(TQ_AVX2) || defined(TQ_NEONDOT)
 
 constexpr int64_t BYTES = 4 * LANES;  // of a load, and of LANES words
 

@@ -1,5 +1,8 @@
 // Integer vectors for the product with packed weights: 32-bit lanes, one output each. Not used by the portable build.
 #pragma once
+#if defined(TQ_NEONDOT)
+#include "linear_neon.h"
+#endif
 #include "half.h"
 #include "simd.h"
 

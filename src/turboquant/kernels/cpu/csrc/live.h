@@ -67,6 +67,8 @@ TQ_INLINE V16 load_quads(const float* p) {
 
 #if defined(TQ_VNNI)
 
+constexpr bool IN_REGISTERS = true;
+
 // f over the lanes of four values at once, in the tree of `sum16`: a chain of eight steps for each would be waited for
 template <class F>
 TQ_INLINE __m128 reduce4(__m512 a, __m512 b, __m512 c, __m512 d, F f) {
@@ -336,6 +338,7 @@ static void natural(Rows run, int rows, int d) {
 
 #else
 
+constexpr bool IN_REGISTERS = false;
 template <int DIGITS, int NV>
 static void turn_digits(const float*, const float*, const float*, float*, float*, int, bool, Digits&) {}
 template <int DIGITS>

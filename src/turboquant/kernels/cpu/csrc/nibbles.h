@@ -165,7 +165,7 @@ static void integer_mix(const Spec& p, const float* x, int ldx, int rows, const 
   }
 }
 
-#else
+#elif !defined(TQ_NEONDOT)
 
 template <int DIGITS>
 static void integer_dot(const Spec&, const float*, int, const uint8_t*, float*, int, bool, IntegerScratch&) {}
