@@ -62,6 +62,47 @@ def test_buffers_that_do_not_match_are_refused(break_):
         cpu.cache_attention(cache.buf, cache.layout, q, k, v)
 
 
+@pytest.fixture(params=["exchange table", "methods"])
+def described(request):
+    """Both ways by which the native module learns where a tensor lies."""
+    if request.param == "exchange table" and cpu._exchange() is None:
+        pytest.skip("torch before 2.10 has none")
+    if request.param == "methods":
+        cpu._native.use_tensors(torch.Tensor, cpu._KINDS, None)
+    yield
+    cpu._native.use_tensors(torch.Tensor, cpu._KINDS, cpu._exchange())
+
+
+def test_tensors_are_found_where_they_lie(described):
+    """Strides, offsets into storage, one sequence of several, a mask and sinks: as copies of their own."""
+    want, cache = filled(200), filled(200)
+    for n in (1, 3):
+        q, k, v = (torch.nn.functional.pad(x, (8, 24, 1, 2)) for x in chunk(n))
+        q, k, v = (x[:, :, 1 : n + 1, 8:72].expand(1, -1, -1, -1) for x in (q, k, v))
+        mask, sinks = torch.ones(1, 1, n, n).tril() - 1, torch.linspace(-1, 1, 4)
+        args = (torch.ones(1, n + 2, dtype=torch.bool)[:, 1:-1], mask, 0.1, 90, 20.0, sinks)
+        got = cpu.cache_attention(cache.buf, cache.layout, q, k, v, *args)
+        with ops.use_backend("reference"):
+            near = ops.cache_attention(want.buf, want.layout, *(x.clone() for x in (q, k, v)), *args)
+        torch.testing.assert_close(got, near, rtol=1e-5, atol=1e-5)
+        for one, f in ((cache, cpu.cache_append), (want, ops.cache_append)):
+            f(one.buf, one.layout, q, k, v, None)
+    assert torch.equal(cache.buf.ring_k, want.buf.ring_k) and cache.buf.length.tolist() == [204]
+
+
+def test_buffers_elsewhere_or_of_another_shape_are_refused(described):
+    cache = filled(70)
+    q, k, v = chunk(1)
+    for name in ("pages", "length", "tracker"):
+        kept = getattr(cache.buf, name)
+        for wrong in (kept.to("meta"), kept[..., None]):
+            setattr(cache.buf, name, wrong)
+            with pytest.raises(ValueError, match=rf"CacheBuffers\.{name} must be"):
+                cpu.cache_attention(cache.buf, cache.layout, q, k, v)
+        setattr(cache.buf, name, kept)
+    cpu.cache_attention(cache.buf, cache.layout, q, k, v)
+
+
 def test_a_chunk_that_does_not_match_is_refused():
     cache = filled(70)
     q, k, v = chunk(2)

@@ -95,10 +95,21 @@ def test_activations_are_torchs_everywhere(activation):
     assert torch.allclose(rows.unit, want.unit, rtol=1e-5, atol=1e-9, equal_nan=True)
 
 
-def test_other_dtypes_and_layouts():
+def test_two_dtypes_are_refused():
     x, w = torch.randn(3, 64).bfloat16(), torch.rand(64)
-    y, _ = native.norm_quantize(x, w, RULES[0], A8)  # a weight in fp32: the formula
-    assert torch.equal(y, fused.rms_norm(x, w, RULES[0])) and y.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"its weight is torch.float32, not torch.bfloat16"):
+        native.norm_quantize(x, w, RULES[0], A8)
+    with pytest.raises(ValueError, match=r"one dtype, got torch.bfloat16 and torch.float32"):
+        native.gate_quantize(x, x.float(), "silu", A8)
+    for call in (
+        lambda: native.norm_quantize(x.double(), w, RULES[0], A8),
+        lambda: native.gate_quantize(w[None].double(), w[None], "silu", A8),
+    ):
+        with pytest.raises(ValueError, match=r"got torch.float64"):
+            call()
+
+
+def test_other_layouts():
     turned = torch.randn(64, 6).T
     a, b = (
         native.gate_quantize(turned[:3], turned[3:], "silu", A8),

@@ -1,5 +1,5 @@
-"""The aarch64 code with dot products against the portable code: the intrinsics emulated on any machine, and, where a cross
-compiler and qemu-user are installed, its instructions. `make sanitize` runs all other tests on the emulated code too.
+"""The aarch64 code with dot products against the portable code: the intrinsics emulated on any machine, and, where a
+cross compiler and qemu-user are installed, its instructions. `make sanitize` runs all other tests on the emulated code.
 """
 
 import shutil

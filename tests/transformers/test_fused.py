@@ -175,6 +175,8 @@ def test_a_norm_in_another_dtype_is_not_said_to_be_fused(tiny):
     rows = {r["name"]: r for r in explain_fused(model, torch.bfloat16, "cpu")}
     other, norm = (rows[f"model.layers.{i}.input_layernorm"] for i in (1, 0))
     assert other["kernel"] == "cpu" and norm["kernel"] == "none" and "its weight is torch.float32" in norm["why"]
+    norm, x = model.model.layers[0].input_layernorm, torch.randn(2, 3, model.config.hidden_size).bfloat16()
+    assert isinstance(norm, FusedNorm) and torch.equal(norm(x), norm.own[0](x)), "the model's own operations run"
 
 
 @pytest.mark.parametrize("recipe", ["w4", "w4a4", "a4"])

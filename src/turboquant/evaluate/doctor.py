@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from turboquant import __version__
+from turboquant.kernels.cpu.cache import isas
 from turboquant.kernels.linear import LinearSpec
 from turboquant.kernels.ops import explain, explain_linear
 from turboquant.packed.page import PageLayout
@@ -40,7 +41,8 @@ def versions() -> list[dict[str, str]]:
 
 
 def hardware() -> list[dict[str, str]]:
-    """Rows {"device", "name", "can"}: the CPU with the instruction sets that matter, and every GPU."""
+    """Rows {"device", "name", "can"}: the CPU with the instruction sets that matter and those that the native
+    module has kernels for, the best first; and every GPU."""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     fields = {k.strip(): v for k, _, v in (line.partition(":") for line in reversed(info))}
     name = fields.get("model name", "").strip() or platform.processor() or platform.machine()
@@ -50,7 +52,7 @@ def hardware() -> list[dict[str, str]]:
         {
             "device": "cpu",
             "name": f"{name}, {cores} cores, {torch.get_num_threads()} torch threads",
-            "can": " ".join(f for f in FLAGS if f in have) or "unknown",
+            "can": f"{' '.join(f for f in FLAGS if f in have) or 'unknown'}; kernels for {' '.join(isas()) or 'none'}",
         }
     ]
     for i in range(torch.cuda.device_count()):

@@ -35,6 +35,15 @@ class NormRule:
     once: bool = False
 
 
+def norm_refusal(weight: Tensor, dtype: torch.dtype) -> str | None:
+    """Why no kernel computes a norm of x in a dtype together with its rows; None if one may.
+
+    Of two dtypes torch's promotion makes the output's, and of x's rows nothing would fit it. The model's own operations
+    run then, and the layers that read their output quantize it.
+    """
+    return None if weight.dtype == dtype else f"its weight is {weight.dtype}, not {dtype}"
+
+
 def rms_norm(x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
     """(..., K) of any float dtype, weight (K,) -> (..., K) in x's dtype, operation by operation as transformers' norms
     compute it."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from turboquant.kernels import ops
-from turboquant.kernels.fused import ACTIVATIONS, NormRule, rms_norm
+from turboquant.kernels.fused import ACTIVATIONS, NormRule, norm_refusal, rms_norm
 from turboquant.kernels.linear import Coded
 from turboquant.layers.linear import QuantLinear
 from turboquant.layers.together import Together
@@ -147,7 +147,8 @@ class FusedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K) in x's dtype."""
         run = None
-        if not torch.compiler.is_compiling() and not x.is_inference() and x.numel() and not _wants_grad(x, self.weight):
+        plain = torch.compiler.is_compiling() or x.is_inference() or not x.numel() or _wants_grad(x, self.weight)
+        if not plain and norm_refusal(self.weight, x.dtype) is None:
             run = ops.fused("norm_quantize", self.slot.spec(x.dtype), x.device)
         recipe, shared = self.slot.recipe.activations, self.slot.shared
         if run is None or recipe is None or shared is None:
@@ -309,8 +310,8 @@ def explain_fused(model: nn.Module, dtype: torch.dtype, device: torch.device | s
         why = next(r["why"] for r in ops.explain_linear(slot.spec(dtype), device) if r["op"] == op)
         if whole is not None:
             op, why = "mlp", "all of it in one call"
-        elif kernel == "cpu" and op == "norm_quantize" and module.weight.dtype != dtype:  # see `kernels.cpu.rows`
-            kernel, why = "none", f"cpu: its weight is {module.weight.dtype}, not {dtype}"
+        elif op == "norm_quantize" and (refusal := norm_refusal(module.weight, dtype)) is not None:
+            kernel, why = "none", refusal
         rows.append({"name": name, "op": op, "kernel": kernel, "why": why})
     return rows
 

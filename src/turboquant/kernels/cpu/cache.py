@@ -78,7 +78,8 @@ def supports(op: str, layout: PageLayout | None, device: torch.device) -> str | 
     return None
 
 
-_specs: dict[int, tuple[Any, Any]] = {}  # of layouts by identity, for their hash takes longer: a weak reference, the spec
+# of layouts by identity, for their hash takes longer: a weak reference, and the spec
+_specs: dict[int, tuple[Any, Any]] = {}
 
 
 def _spec(layout: PageLayout) -> Any:

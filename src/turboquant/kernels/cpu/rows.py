@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turboquant.kernels import fused
 from turboquant.kernels.cpu import cache
-from turboquant.kernels.fused import NormRule
+from turboquant.kernels.fused import NormRule, norm_refusal
 from turboquant.maths.activations import Int8Rows
 from turboquant.maths.rotation import hadamard_block, signs
 from turboquant.recipe import ActivationRecipe
@@ -45,37 +44,46 @@ def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     if block < LEAST_BLOCK or block & (block - 1) or width % block:
         raise ValueError(f"block must be a power of two from {LEAST_BLOCK} that divides {width}, got {block}")
-    x = x.detach()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    codes, scale, sign = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows), _signs(width)
-    at = (x.data_ptr(), sign.data_ptr(), codes.data_ptr(), scale.data_ptr())
-    sizes = (rows, width, x.stride(0), block, cache.DTYPES[x.dtype])
-    cache._native.quantize_rows(cache.isa(), torch.get_num_threads(), at, sizes, block**-0.5)
-    return codes, scale
+    filled, arguments, _alive = _arguments(_dense(x), x.shape, block)
+    cache._native.quantize_rows(cache.isa(), torch.get_num_threads(), *arguments)
+    return filled.codes, filled.unit.view(rows)
 
 
 def norm_quantize(x: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationRecipe) -> tuple[Tensor, Int8Rows]:
-    """Contract in `kernels.fused.norm_quantize`, which runs where the weight is of another dtype than x."""
-    if x.dtype not in cache.DTYPES or weight.dtype != x.dtype or not weight.is_contiguous():
-        return fused.norm_quantize(x, weight, rule, recipe)
-    flat, y = _dense(x), torch.empty(x.shape, dtype=x.dtype)
-    rows, args, _alive = _arguments(flat, x.shape)
+    """Contract in `kernels.fused.norm_quantize`.
+
+    Raises:
+        ValueError: x is not float32, bfloat16 or float16, or see `kernels.fused.norm_refusal`.
+    """
+    if (why := norm_refusal(weight, _known(x).dtype)) is not None:
+        raise ValueError(f"a norm that also quantizes: {why}")
+    flat, weight, y = _dense(x), weight.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    rows, args, _alive = _arguments(flat, x.shape, hadamard_block(x.shape[-1]))
     more = weight.data_ptr(), y.data_ptr(), rule.eps, rule.shift, rule.once
     cache._native.norm_quantize(cache.isa(), torch.get_num_threads(), *args, *more)
     return y, rows
 
 
 def gate_quantize(gate: Tensor, up: Tensor, activation: str, recipe: ActivationRecipe) -> Int8Rows:
-    """Contract in `kernels.fused.gate_quantize`."""
-    if gate.dtype not in cache.DTYPES or up.dtype != gate.dtype:
-        return fused.gate_quantize(gate, up, activation, recipe)
+    """Contract in `kernels.fused.gate_quantize`.
+
+    Raises:
+        ValueError: gate and up are not both float32, both bfloat16 or both float16.
+    """
+    if _known(gate).dtype != up.dtype:
+        raise ValueError(f"gate and up must have one dtype, got {gate.dtype} and {up.dtype}")
     a, b = _dense(gate), _dense(up)
     if a.stride(0) != b.stride(0):
         a, b = a.contiguous(), b.contiguous()
-    rows, args, _alive = _arguments(a, gate.shape)
+    rows, args, _alive = _arguments(a, gate.shape, hadamard_block(gate.shape[-1]))
     cache._native.gate_quantize(cache.isa(), torch.get_num_threads(), *args, b.data_ptr(), ACTIVATIONS[activation])
     return rows
+
+
+def _known(x: Tensor) -> Tensor:
+    if x.dtype not in cache.DTYPES:
+        raise ValueError(f"rows must be float32, bfloat16 or float16, got {x.dtype}")
+    return x
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -83,10 +91,10 @@ def _dense(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-def _arguments(x: Tensor, shape: torch.Size) -> tuple[Int8Rows, tuple[Any, ...], Any]:
+def _arguments(x: Tensor, shape: torch.Size, block: int) -> tuple[Int8Rows, tuple[Any, ...], Any]:
     """Rows to be filled from x (M, K), the native call's addresses, sizes and norm, and what has to live through it."""
     m, k = x.shape
-    block, sign = hadamard_block(k), _signs(k)
+    sign = _signs(k)
     rows = Int8Rows(torch.empty(shape, dtype=torch.int8), torch.empty(*shape[:-1], 1))
     at = (x.data_ptr(), sign.data_ptr(), rows.codes.data_ptr(), rows.unit.data_ptr())
-    return rows, (at, (m, k, x.stride(0), block, cache.DTYPES[x.dtype]), block**-0.5), sign
+    return rows, (at, (m, k, x.stride(0), block, cache.DTYPES[x.dtype]), block**-0.5), (x, sign)

@@ -36,7 +36,7 @@ void quantize(const RowsToQuantize& a, int64_t rows, const Quantizer& q, int thr
 // addresses: x signs codes scale; sizes: rows width stride block dtype
 RowsToQuantize rows_to_quantize(const std::array<int64_t, 4>& at, const std::array<int64_t, 5>& size, double norm) {
   return {address<void>(at[0]), int(size[4]), int(size[3]), size[1], size[2], address<float>(at[1]), float(norm),
-          address<int8_t>(at[2]), address<float>(at[3]), PLAIN, nullptr, nullptr, 0, 0, 0, nullptr, 0};
+          address<int8_t>(at[2]), address<float>(at[3])};
 }
 
 // Packed weights that meet the same rows, by: addresses of codes, scale, zero and bias (0: none); N K G S, dtype of bias
@@ -75,8 +75,7 @@ struct Input {
     const int64_t k = some.all.at(0).weight.k;
     codes.reset(new int8_t[rows * k]), units.reset(new float[rows]);
     quantize({address<void>(at[0]), int(size[3]), int(size[2]), k, size[1], address<float>(at[2]), float(norm),
-              codes.get(), units.get(), PLAIN, nullptr, nullptr, 0, 0, 0, nullptr, 0}, rows, quantizer_of(isa.c_str()),
-             threads);
+              codes.get(), units.get()}, rows, quantizer_of(isa.c_str()), threads);
     x = codes.get(), unit = units.get();
   }
   Product product(const Weights::One& w, void* out, int dtype, int64_t stride) const {

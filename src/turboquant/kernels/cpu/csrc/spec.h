@@ -109,13 +109,15 @@ struct RowsToQuantize {  // rows of `width` numbers, `stride` elements apart
   float norm;          // block^-1/2
   int8_t* codes;       // (rows, width)
   float* scale;        // (rows)
-  Before before;
-  const void* weight;  // NORM: (width) of x's dtype, and y <- x / sqrt(mean(x²) + eps) · (weight + shift), (rows, width)
-  void* y;
-  float eps, shift;
-  int once;            // rounded to the dtype once, at the end; else before the product with the weight too
-  const void* up;      // GATE: rows like x; activation(x)·up
-  int activation;
+  Before before = PLAIN;
+  // NORM: (width) of x's dtype, and y <- x / sqrt(mean(x²) + eps) · (weight + shift), (rows, width)
+  const void* weight = nullptr;
+  void* y = nullptr;
+  float eps = 0, shift = 0;
+  int once = 0;  // rounded to the dtype once, at the end; else before the product with the weight too
+  // GATE: rows like x; activation(x)·up
+  const void* up = nullptr;
+  int activation = SILU;
 };
 
 struct Quantizer {
