@@ -88,16 +88,15 @@ TQ_INLINE void split64(const __m512i (&n)[4], int8_t* to, __m512i (&sum)[DIGITS]
     _mm512_storeu_si512(to + LDW, _mm512_permutex2var_epi8(_mm512_add_epi16(a, half), next, _mm512_add_epi16(b, half)));
     return;
   }
-  const __m512i one = _mm512_set1_epi8(1);
+  // with 128 added to every digit no carry is left to be taken: bytes of the sum, less 128 each
+  const __m512i one = _mm512_set1_epi8(1), half = _mm512_set1_epi8(-128), all = _mm512_set1_epi32(0x808080);
   __m512i m[4], at = _mm512_load_si512(places.dword);
-  for (int v = 0; v < 4; v++) m[v] = n[v];
+  for (int v = 0; v < 4; v++) m[v] = _mm512_add_epi32(n[v], all);
   for (int k = 0; k < DIGITS; k++) {
     const __m512i low = _mm512_permutex2var_epi8(m[0], at, m[1]), high = _mm512_permutex2var_epi8(m[2], at, m[3]);
-    const __m512i bytes = _mm512_mask_mov_epi64(low, 0xF0, high);
+    const __m512i bytes = _mm512_xor_si512(_mm512_mask_mov_epi64(low, 0xF0, high), half);
     _mm512_storeu_si512(to + k * LDW, bytes);
     sum[k] = _mm512_dpbusd_epi32(sum[k], one, bytes);
-    const __m512i half = _mm512_set1_epi32(128 << 8 * k);  // carries into the next digit
-    for (int v = 0; v < 4; v++) m[v] = _mm512_add_epi32(m[v], half);
     at = _mm512_add_epi8(at, one);
   }
 }
