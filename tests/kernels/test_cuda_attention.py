@@ -176,14 +176,15 @@ def compare_rows(case: Case, tokens, device) -> None:
         cache.lengths = [n + 1 for n in cache.lengths]
 
 
-@pytest.fixture
-def emulated(monkeypatch, tmp_path):
-    """`cuda.cache_attention` on CPU tensors, as of a chip of two multiprocessors with two warps each."""
+@pytest.fixture(params=[(2, 2)])
+def emulated(monkeypatch, tmp_path, request):
+    """`cuda.cache_attention` on CPU tensors, as of a chip of so many multiprocessors with so many warps each."""
+    multiprocessors, warps = request.param
     here, compiler = Path(__file__).parent / "emulation", shutil.which("g++") or shutil.which("c++")
     assert compiler, "no C++ compiler"
 
     def kernel(layout, dtype, group, rows, many, cap, device):
-        (height, tiles), warps = cuda.tiles_of(layout, group, rows), 2
+        height, tiles = cuda.tiles_of(layout, group, rows)
         folder = tmp_path / f"{height}-{tiles}-{many}"
         if not folder.exists():
             shutil.copytree(nvrtc.SOURCES, folder)
@@ -197,8 +198,8 @@ def emulated(monkeypatch, tmp_path):
             options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
             subprocess.run([compiler, *options, "-o", folder / "run.so", folder / "attend.cpp"], check=True)
         run = ctypes.CDLL(str(folder / "run.so")).run
-        return SimpleNamespace(rows=height * tiles, block_warps=warps, blocks=2, shared=0, attend=(run, b"attend"),
-                               merge=(run, b"merge"))  # fmt: skip
+        at = dict(block_warps=warps, blocks=multiprocessors, shared=0)
+        return SimpleNamespace(rows=height * tiles, **at, attend=(run, b"attend"))
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False):
         run, name = kernel
@@ -224,6 +225,13 @@ EMULATED = [
 @pytest.mark.parametrize("case", EMULATED, ids=str)
 def test_the_source_on_the_cpu_is_within_twice_the_error_of_plain_torch(case, tokens, monkeypatch, emulated):
     check(case, tokens, monkeypatch, "cpu")
+
+
+@pytest.mark.parametrize("emulated", [(1, 16), (5, 1), (7, 8), (3, 4)], indirect=True, ids=str)
+@pytest.mark.parametrize("lengths", [(700, 333), (0, 1, 63, 64, 65, 127, 128)], ids=str)
+def test_so_it_is_however_the_work_is_cut(lengths, tokens, monkeypatch, emulated):
+    """Of one block and of many, whose shares are many KV heads or parts of one."""
+    check(Case(lengths=lengths, d=64, n=2, hq=4, h=2, extra=True), tokens, monkeypatch, "cpu")
 
 
 @pytest.mark.parametrize("case", [Case(n=3, hq=16, lengths=(260,), dtype=F16)], ids=str)
@@ -269,6 +277,27 @@ def test_it_runs_in_a_cuda_graph(tokens):
     got.fill_(torch.nan)
     graph.replay()
     assert torch.equal(got, want)
+
+
+@pytest.mark.cuda
+def test_graphs_that_run_at_once_do_not_disturb_each_other(tokens):
+    graphs, got, want, kept = [], [], [], []
+    for lengths in ((5000, 90), (700, 2000), (64, 3000)):  # KV heads that lie in several blocks
+        cache, qkv = filled(Case(lengths=lengths), tokens)
+        want.append(cuda.cache_attention(cache.buf, cache.layout, *qkv))
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            for _ in range(20):
+                got.append(cuda.cache_attention(cache.buf, cache.layout, *qkv))
+        kept.append((cache, qkv))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for i, x in enumerate(got):
+        assert torch.equal(x, want[i // 20]), i
 
 
 @pytest.mark.nvrtc

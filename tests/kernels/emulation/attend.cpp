@@ -5,5 +5,4 @@ extern "C" void run(const char* name, const Call* call, int x, int y, int z, int
   grid.x = x, grid.y = y, grid.z = z;
   const Call c = *call;
   if (!std::strcmp(name, "attend")) launch(grid, threads, [&] { attend(c); });
-  if (!std::strcmp(name, "merge")) launch(grid, threads, [&] { merge(c); });
 }

@@ -169,6 +169,13 @@ static int warp_max(int x) {
   for (int n = 16; n; n >>= 1) x = std::max(x, __shfl_xor_sync(~0u, x, n));
   return x;
 }
+static int warp_sum(int x) {
+  for (int n = 16; n; n >>= 1) x += __shfl_xor_sync(~0u, x, n);
+  return x;
+}
+static u64 shuffled(u64 x, int lane) {
+  return u64(__shfl_sync(~0u, u32(x >> 32), lane)) << 32 | __shfl_sync(~0u, u32(x), lane);
+}
 static int warp_min(int x) { return -warp_max(-x); }
 static int __popc(u32 x) { return __builtin_popcount(x); }
 static int __popcll(u64 x) { return __builtin_popcountll(x); }
@@ -181,9 +188,13 @@ static u32 prmt(u32 a, u32 b, u32 selector) {
   }
   return out;
 }
+static u32 low_nibbles_of(u32 a, u32 b) { return (a & 0x0F0F0F0Fu) | (b & 0xF0F0F0F0u); }
 static int min(int a, int b) { return a < b ? a : b; }
 static void atomicOr(u32* to, u32 x) { *to |= x; }
-static void atomicAdd(u32* to, u32 x) { *to += x; }
+static u32 atomicAdd(u32* to, u32 x) { return *to += x, *to - x; }
+static u32 __umulhi(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
+static void __threadfence() {}
+template <class T> static T __ldcg(const T* x) { return *x; }
 static void atomicAdd(u64* to, u64 x) { *to += x; }
 static void wait_for_previous() {}
 static void start_next() {}

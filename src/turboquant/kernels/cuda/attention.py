@@ -1,4 +1,4 @@
-"""cache_attention for decode and verify steps on NVIDIA GPUs: one launch over packed pages, ring and chunk, one merge.
+"""cache_attention for decode and verify steps on NVIDIA GPUs: one launch over packed pages, ring and chunk.
 
 Every size and offset comes from PageLayout and every table from maths/; the CUDA sources in csrc/ know none. Rows are
 independent: a row has the same bits alone and among the other rows of a verify step, as long as the work is cut in the
@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from turboquant.kernels.cuda import nvrtc
+from turboquant.kernels.cuda import counters, nvrtc
 from turboquant.kernels.cuda.common import DTYPES, PAGE, page_macros
 from turboquant.maths.codec import int8_levels
 from turboquant.packed.buffers import CacheBuffers
@@ -29,7 +29,8 @@ LOG2E = 1.4426950408889634
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/state.cuh
     _fields_ = [
         *[(n, ctypes.c_void_p) for n in ("pages", "table", "length", "ring_k", "ring_v", "sink_k", "sink_v")],
-        *[(n, ctypes.c_void_p) for n in ("q", "k", "v", "sink_logits", "out", "part", "top", "plan")],
+        *[(n, ctypes.c_void_p) for n in ("q", "k", "v", "sink_logits", "out", "part", "top")],
+        *[(n, ctypes.c_void_p) for n in ("cut_part", "cut_top", "arrived")],
         *[(f"{t}_{s}", ctypes.c_longlong) for t in "qkv" for s in "bhn"],
         *[(n, ctypes.c_int) for n in ("pool", "width", "batch", "heads", "group", "tokens", "ring", "slots", "sinks")],
         *[(n, ctypes.c_int) for n in ("window", "exact", "warps")],
@@ -88,7 +89,7 @@ def config(
 
 
 class _Kernel:
-    """The two kernels for one layout, dtype and number of rows on one device, and the launch that suits it."""
+    """The kernel for one layout, dtype and number of rows on one device, and the launch that suits it."""
 
     def __init__(
         self, layout: PageLayout, dtype: torch.dtype, group: int, rows: int, many: bool, cap: bool, device: torch.device
@@ -105,7 +106,7 @@ class _Kernel:
         self.block_warps = next(w for w in (16, 8, 4, 2, 1) if w <= min(most, fit))
         self.blocks, self.shared = chip.multi_processor_count, self.block_warps * scratch_bytes(layout, self.rows)
         source = config(layout, dtype, rows_of_tile, tiles, self.block_warps, many, cap)
-        self.attend, self.merge = nvrtc.functions("attention.cu", source, ("attend", "merge"), device, self.shared)
+        (self.attend,) = nvrtc.functions("attention.cu", source, ("attend",), device, self.shared)
 
 
 @lru_cache(maxsize=256)
@@ -142,25 +143,25 @@ def cache_attention(
     q, k, v = (t if t.stride(-1) == 1 and t.data_ptr() % 16 == 0 else t.contiguous() for t in (q, k, v))
     blocks = -(-rows // kernel.rows)
     warps = kernel.block_warps * kernel.blocks
-    slots = blocks * (warps + b * h)
     out = torch.empty(b, hq, n, d, dtype=q.dtype, device=q.device)
-    floats = slots * 2 * kernel.rows  # of each of d + 2 numbers; the plan comes first
-    space = torch.empty(4 * (b + 1) + floats * (d + 2), dtype=torch.float32, device=q.device)
-    part = space.data_ptr() + 16 * (b + 1)
+    # results of warps, of tiles and of pages, and of blocks at either end; of each row d numbers, and two
+    parts = [2 * kernel.rows * blocks * (warps + b * h), 2 * kernel.rows * blocks * kernel.blocks]
+    space = torch.empty(sum(parts) * (d + 2), dtype=torch.float32, device=q.device)
+    part, tops, cut, cut_tops = (t.data_ptr() for t in space.split([x * y for x in parts for y in (d, 2)]))
+    arrived = counters.zeros(blocks * b * h, q.device)
     extra = None if sink_logits is None else sink_logits.float().contiguous()
     call = _Call(
         buf.pages.data_ptr(), buf.table.data_ptr(), buf.length.data_ptr(),
         buf.ring_k.data_ptr(), buf.ring_v.data_ptr(), buf.sink_k.data_ptr(), buf.sink_v.data_ptr(),
         q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if extra is None else extra.data_ptr(), out.data_ptr(),
-        part, part + 4 * floats * d, space.data_ptr(),
+        part, tops, cut, cut_tops, arrived.data_ptr(),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         buf.pages.shape[0], buf.table.shape[1], b, h, hq // h, n, kv.ring, kv.ring_slots, kv.sinks, window or 0,
         -(-kv.ring_slots // TILE_TOKENS) - (-kv.sinks // TILE_TOKENS), warps,
         (scaling or d**-0.5) * LOG2E, (softcap or 0.0) * LOG2E,
     )  # fmt: skip
-    stream = nvrtc.stream_of(q.device)
     nvrtc.launch(
-        kernel.attend, (kernel.blocks, blocks, 1), kernel.block_warps * 32, kernel.shared, stream, call, after=True
-    )
-    nvrtc.launch(kernel.merge, (b * hq * n, 1, 1), -(-d // 32) * 32, 0, stream, call, after=True)
+        kernel.attend, (kernel.blocks, blocks, 1), kernel.block_warps * 32, kernel.shared,
+        nvrtc.stream_of(q.device), call, after=True,
+    )  # fmt: skip
     return out

@@ -185,7 +185,7 @@ DEVICE void key_levels(const Tables& tables, const u8* row, int t, u32 (&b)[KS][
       b[s][0] = *(const u32*)(row + 8 * octet) + 0x01010101u, b[s][1] = *(const u32*)(row + 8 * octet + 4) + 0x01010101u;
     } else {
       const u32 codes = nibbles<KEY_BITS>(row, octet);
-      b[s][0] = tables.levels4<KEY_BITS>(codes), b[s][1] = tables.levels4<KEY_BITS>(codes >> 16);
+      tables.levels8<KEY_BITS>(codes, b[s][0], b[s][1]);
     }
   }
 }
@@ -271,15 +271,14 @@ DEVICE void value_levels(const Tables& tables, const u8* codes, int i, int lane,
 #pragma unroll
         for (int n = 0; n < 4; n++) w[n] = nibbles<VALUE_BITS>(row[n], octet);
         // the 4×8 nibbles transposed: even nibbles of tokens 0 and 1 in bytes, and so on
-        const u32 even01 = lop_mix(w[0], w[1] << 4, 0x0F0F0F0Fu), odd01 = lop_mix(w[0] >> 4, w[1], 0x0F0F0F0Fu);
-        const u32 even23 = lop_mix(w[2], w[3] << 4, 0x0F0F0F0Fu), odd23 = lop_mix(w[2] >> 4, w[3], 0x0F0F0F0Fu);
+        const u32 even01 = low_nibbles_of(w[0], w[1] << 4), odd01 = low_nibbles_of(w[0] >> 4, w[1]);
+        const u32 even23 = low_nibbles_of(w[2], w[3] << 4), odd23 = low_nibbles_of(w[2] >> 4, w[3]);
         const u32 codes4[4] = {prmt(even01, even23, 0x5140), prmt(odd01, odd23, 0x5140), prmt(even01, even23, 0x7362),
                                prmt(odd01, odd23, 0x7362)};  // channels 0 and 2, 1 and 3, 4 and 6, 5 and 7
 #pragma unroll
         for (int n = 0; n < 4; n++) {
           const int first = (n & 2) * 2 + (n & 1);
-          b[k][first][half] = tables.levels4<VALUE_BITS>(codes4[n]);
-          b[k][first + 2][half] = tables.levels4<VALUE_BITS>(codes4[n] >> 16);
+          tables.levels8<VALUE_BITS>(codes4[n], b[k][first][half], b[k][first + 2][half]);
         }
       }
     }

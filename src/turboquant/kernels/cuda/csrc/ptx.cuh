@@ -14,6 +14,11 @@ DEVICE u32 prmt(u32 a, u32 b, u32 s) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s));
   return d;
 }
+DEVICE u32 low_nibbles_of(u32 a, u32 b) {  // of every byte the low half from a, the high one from b; in one instruction
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(0x0F0F0F0Fu), "r"(a), "r"(b));
+  return d;
+}
 // a + b, rounded down, between 0 and 1
 DEVICE float add_down_saturated(float a, float b) {
   float d;
@@ -22,6 +27,7 @@ DEVICE float add_down_saturated(float a, float b) {
 }
 // of a warp's numbers
 DEVICE int warp_max(int x) { return __reduce_max_sync(~0u, x); }
+DEVICE int warp_sum(int x) { return __reduce_add_sync(~0u, x); }
 DEVICE int warp_min(int x) { return __reduce_min_sync(~0u, x); }
 DEVICE float exp2_(float x) {
   float y;
@@ -41,6 +47,9 @@ DEVICE void start_next() {
 #endif
 }
 template <class T> DEVICE T uniform(T x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that lanes agree
+DEVICE u64 shuffled(u64 x, int lane) {
+  return u64(__shfl_sync(~0u, u32(x >> 32), lane)) << 32 | __shfl_sync(~0u, u32(x), lane);
+}
 DEVICE u32 two_16(float lo, float hi) {  // a pair in the model's dtype
   u32 d;
 #if BF16

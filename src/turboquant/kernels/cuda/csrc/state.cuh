@@ -9,8 +9,9 @@ struct Call {  // mirrored by `_Call` in attention.py
   const u16 *ring_k, *ring_v, *sink_k, *sink_v, *q, *k, *v;
   const float* sink_logits;
   u16* out;
-  float *part, *top;  // (slots, 2, R, D) and (slots, 2, R, 2): weighted values; maximum and sum
-  int* plan;          // (batch + 1, 2): units of work before a sequence, of one of its KV heads; all units
+  float *part, *top;          // (slots, 2, R, D) and (slots, 2, R, 2), of warps: weighted values; maximum and sum
+  float *cut_part, *cut_top;  // (blocks of rows, blocks, 2, R, D) and (…, 2), of blocks
+  u32* arrived;               // (blocks of rows, batch, heads): blocks whose part is there; 0 before and after
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
   int pool, width, batch, heads, group, tokens, ring, slots, sinks, window, exact, warps;
   float scale, cap;  // logits in powers of two
@@ -36,38 +37,67 @@ DEVICE Span span_of(const Call& c, int b) {
   return {start, first, int(last), c.exact * TILE_UNITS + pages * PAGE_UNITS};
 }
 
-// The work of all sequences, in order of batch and head; the same for every block of rows. `before`: units before b.
-struct Where {
-  int b, before, total;
+// The work of all sequences, in order of batch and head; the same for every block of rows.
+struct Pair {  // a sequence and KV head
+  int b, h, start;  // units before it
+  Span span;
+  DEVICE int end() const { return start + span.units; }
+  DEVICE Pair known() const {  // to be the same in all lanes
+    return {uniform(b), uniform(h), uniform(start), {uniform(int(span.start)), uniform(span.first), uniform(span.last), uniform(span.units)}};
+  }
+  // n further; behind the last one there is b = batch
+  DEVICE void advance(const Call& c, int n) {
+    h += n, start += n * span.units;
+    while (h >= c.heads) {
+      h -= c.heads, start -= h * span.units;
+      if (++b == c.batch) return;
+      span = span_of(c, b), start += h * span.units;
+    }
+  }
 };
-// the sequence that holds unit x; one warp. `plan`: write the plan, for the merge
-DEVICE Where locate(const Call& c, int x, int lane, bool plan) {
-  Where w{0, 0, 0};
-  bool found = false;
-  for (int base = 0; base < c.batch; base += 32) {
-    const int b = base + lane, units = b < c.batch ? span_of(c, b).units : 0, own = units * c.heads;
+// units of all sequences
+DEVICE int units_of(const Call& c, int lane) {
+  int total = 0;
+#pragma unroll 1
+  for (int b = lane; b < c.batch; b += 32) total += span_of(c, b).units;
+  return uniform(warp_sum(total)) * c.heads;
+}
+DEVICE Pair pair_at(const Call& c, int x, int lane) {  // that holds unit x
+  for (int base = 0, before = 0; base < c.batch; base += 32) {
+    const int own = base + lane < c.batch ? span_of(c, base + lane).units * c.heads : 0;
     int upto = own;
     for (int i = 1; i < 32; i <<= 1) {
       const int other = __shfl_up_sync(~0u, upto, i);
       if (lane >= i) upto += other;
     }
-    if (plan && b < c.batch) *(int2*)(c.plan + 2 * b) = make_int2(w.total + upto - own, units);
-    const u32 hit = __ballot_sync(~0u, w.total + upto > x);
-    if (!found && hit) {
+    const u32 hit = __ballot_sync(~0u, before + upto > x);
+    if (hit) {
       const int at = __ffs(hit) - 1;
-      found = true, w.b = base + at;
-      w.before = w.total + __shfl_sync(~0u, upto - own, at);
+      before += __shfl_sync(~0u, upto - own, at);
+      const Span span = span_of(c, base + at);
+      const int h = (x - before) / span.units;
+      return Pair{base + at, h, before + h * span.units, span}.known();
     }
-    w.total += __shfl_sync(~0u, upto, 31);
+    before += __shfl_sync(~0u, upto, 31);
   }
-  if (plan && lane == 0) c.plan[2 * c.batch] = w.total;
-  return {uniform(w.b), uniform(w.before), uniform(w.total)};
+  return {};
 }
-// (a·b - less) / c, in 32 bits where they suffice
-DEVICE int ratio(int a, int b, int c, int less = 0) {
-  const u64 ab = u64(u32(a)) * u32(b) - u32(less);
-  return ab >> 32 ? int(ab / u32(c)) : int(u32(ab) / u32(c));
-}
+// Shares: units to warps that have work (a page at least, or as much in tiles), those to blocks; all contiguous.
+struct Shares {
+  int total, warps, blocks;
+  double per_warp, per_unit;  // one through warps and total
+  DEVICE Shares(const Call& c, int units) : total(units) {
+    warps = min((units + PAGE_UNITS - 1) / PAGE_UNITS, c.warps), blocks = min(warps, c.warps / WARPS);
+    per_warp = 1. / warps, per_unit = 1. / total;
+  }
+  // of a warp the first unit: floor(warp · total / warps); halves keep the products off whole numbers
+  DEVICE int unit(int warp) const { return int((double(warp) * total + 0.5) * per_warp); }
+  DEVICE int warp(int block) const { return block * warps / blocks; }
+  DEVICE int block_of(int unit) const {
+    const int warp = int((double(unit + 1) * warps - 0.5) * per_unit);
+    return ((warp + 1) * blocks - 1) / warps;
+  }
+};
 
 struct Rows {  // of one work item: the rows r of its tiles are the heads and tokens of one KV head
   int b, h, block, used;
