@@ -1,7 +1,7 @@
 """Decode attention on packed pages, and encoding, on an NVIDIA GPU, against torch's bf16 attention and a copy.
 
     python benchmarks/bench_cache.py --csv out.csv --json out.json
-    python benchmarks/bench_cache.py --shape 8x32768 --shape 1x131072 --recipe kv4 --backend cuda
+    python benchmarks/bench_cache.py --shape 64x4096 --shape 1x131072 --recipe kv4:ring=64,rewind=16 --backend cuda
 
 Every contestant runs in a CUDA graph whose calls take turns over copies of the cache that together exceed the L2 cache
 several times, so memory is always cold; a figure is the median over replays. `bf16_ms` is the best of torch's flash and
@@ -31,7 +31,7 @@ from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import parse_recipe
 
-SHAPES = ("8x32768", "32x8192", "64x4096", "1x131072", "1x32768")
+SHAPES = ("8x32768", "32x8192", "64x4096", "1x131072", "1x32768", "1x1024")
 L2 = 4 * 50 * 2**20  # bytes to walk through before a buffer is used again
 CALLS = 8  # of a graph at least
 
