@@ -176,6 +176,10 @@ static int warp_sum(int x) {
 static u64 shuffled(u64 x, int lane) {
   return u64(__shfl_sync(~0u, u32(x >> 32), lane)) << 32 | __shfl_sync(~0u, u32(x), lane);
 }
+static float warp_top(float x) {
+  for (int n = 16; n; n >>= 1) x = std::max(x, __shfl_xor_sync(~0u, x, n));
+  return x;
+}
 static int warp_min(int x) { return -warp_max(-x); }
 static int __popc(u32 x) { return __builtin_popcount(x); }
 static int __popcll(u64 x) { return __builtin_popcountll(x); }
@@ -192,8 +196,7 @@ static u32 low_nibbles_of(u32 a, u32 b) { return (a & 0x0F0F0F0Fu) | (b & 0xF0F0
 static int min(int a, int b) { return a < b ? a : b; }
 static void atomicOr(u32* to, u32 x) { *to |= x; }
 static u32 atomicAdd(u32* to, u32 x) { return *to += x, *to - x; }
-static u32 __umulhi(u32 a, u32 b) { return u32(u64(a) * b >> 32); }
-static void __threadfence() {}
+static void fence() {}
 template <class T> static T __ldcg(const T* x) { return *x; }
 static void atomicAdd(u64* to, u64 x) { *to += x; }
 static void wait_for_previous() {}

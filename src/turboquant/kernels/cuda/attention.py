@@ -148,7 +148,7 @@ def cache_attention(
     parts = [2 * kernel.rows * blocks * (warps + b * h), 2 * kernel.rows * blocks * kernel.blocks]
     space = torch.empty(sum(parts) * (d + 2), dtype=torch.float32, device=q.device)
     part, tops, cut, cut_tops = (t.data_ptr() for t in space.split([x * y for x in parts for y in (d, 2)]))
-    arrived = counters.zeros(blocks * b * h, q.device)
+    arrived = counters.zeros(blocks * b * h * kernel.rows, q.device)
     extra = None if sink_logits is None else sink_logits.float().contiguous()
     call = _Call(
         buf.pages.data_ptr(), buf.table.data_ptr(), buf.length.data_ptr(),

@@ -185,7 +185,7 @@ DEVICE void key_levels(const Tables& tables, const u8* row, int t, u32 (&b)[KS][
       b[s][0] = *(const u32*)(row + 8 * octet) + 0x01010101u, b[s][1] = *(const u32*)(row + 8 * octet + 4) + 0x01010101u;
     } else {
       const u32 codes = nibbles<KEY_BITS>(row, octet);
-      tables.levels8<KEY_BITS>(codes, b[s][0], b[s][1]);
+      b[s][0] = tables.levels4<KEY_BITS>(codes), b[s][1] = tables.levels4<KEY_BITS>(codes >> 16);
     }
   }
 }
@@ -278,7 +278,8 @@ DEVICE void value_levels(const Tables& tables, const u8* codes, int i, int lane,
 #pragma unroll
         for (int n = 0; n < 4; n++) {
           const int first = (n & 2) * 2 + (n & 1);
-          tables.levels8<VALUE_BITS>(codes4[n], b[k][first][half], b[k][first + 2][half]);
+          b[k][first][half] = tables.levels4<VALUE_BITS>(codes4[n]);
+          b[k][first + 2][half] = tables.levels4<VALUE_BITS>(codes4[n] >> 16);
         }
       }
     }

@@ -29,6 +29,10 @@ DEVICE float add_down_saturated(float a, float b) {
 DEVICE int warp_max(int x) { return __reduce_max_sync(~0u, x); }
 DEVICE int warp_sum(int x) { return __reduce_add_sync(~0u, x); }
 DEVICE int warp_min(int x) { return __reduce_min_sync(~0u, x); }
+DEVICE float warp_top(float x) {
+  for (int n = 16; n; n >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, n));
+  return x;
+}
 DEVICE float exp2_(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -47,6 +51,7 @@ DEVICE void start_next() {
 #endif
 }
 template <class T> DEVICE T uniform(T x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that lanes agree
+DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEVICE u64 shuffled(u64 x, int lane) {
   return u64(__shfl_sync(~0u, u32(x >> 32), lane)) << 32 | __shfl_sync(~0u, u32(x), lane);
 }

@@ -11,7 +11,7 @@ struct Call {  // mirrored by `_Call` in attention.py
   u16* out;
   float *part, *top;          // (slots, 2, R, D) and (slots, 2, R, 2), of warps: weighted values; maximum and sum
   float *cut_part, *cut_top;  // (blocks of rows, blocks, 2, R, D) and (…, 2), of blocks
-  u32* arrived;               // (blocks of rows, batch, heads): blocks whose part is there; 0 before and after
+  u32* arrived;               // (blocks of rows, batch, heads, R): blocks whose part is there; 0 before and after
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
   int pool, width, batch, heads, group, tokens, ring, slots, sinks, window, exact, warps;
   float scale, cap;  // logits in powers of two
@@ -82,19 +82,19 @@ DEVICE Pair pair_at(const Call& c, int x, int lane) {  // that holds unit x
   }
   return {};
 }
-// Shares: units to warps that have work (a page at least, or as much in tiles), those to blocks; all contiguous.
+// Shares: units to warps that have work (as much as a tile at least), those to blocks; all contiguous.
 struct Shares {
   int total, warps, blocks;
-  double per_warp, per_unit;  // one through warps and total
+  double per_warp;  // one through warps
   DEVICE Shares(const Call& c, int units) : total(units) {
-    warps = min((units + PAGE_UNITS - 1) / PAGE_UNITS, c.warps), blocks = min(warps, c.warps / WARPS);
-    per_warp = 1. / warps, per_unit = 1. / total;
+    warps = min((units + TILE_UNITS - 1) / TILE_UNITS, c.warps), blocks = min(warps, c.warps / WARPS);
+    per_warp = 1. / warps;
   }
   // of a warp the first unit: floor(warp · total / warps); halves keep the products off whole numbers
   DEVICE int unit(int warp) const { return int((double(warp) * total + 0.5) * per_warp); }
   DEVICE int warp(int block) const { return block * warps / blocks; }
   DEVICE int block_of(int unit) const {
-    const int warp = int((double(unit + 1) * warps - 0.5) * per_unit);
+    const int warp = int((double(unit + 1) * warps - 0.5) / total);
     return ((warp + 1) * blocks - 1) / warps;
   }
 };

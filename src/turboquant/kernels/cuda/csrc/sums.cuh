@@ -3,7 +3,8 @@
 #pragma once
 #include "packed.cuh"
 
-constexpr int CH = (D + 31) / 32;  // channels of a lane: lane, lane + 32, …
+constexpr int CH = (D + 127) / 128;  // a lane has channels channel_of(e, lane) to + 3
+DEVICE int channel_of(int e, int lane) { return 128 * e + 4 * lane; }
 
 // where the partial result of a warp and KV head lies: both only grow along the work; of its tiles, then of its pages
 DEVICE i64 slot_of(const Call& c, int block, int warp, i64 pair) {
@@ -25,149 +26,161 @@ struct Block {  // this one's part of the work
   DEVICE int warp_at(int place) const { return place % per() * 4 + place / per(); }
 };
 
-// back from the rotation: channels within the lanes, then of a lane
-DEVICE void turn_back(float (&y)[CH], int lane) {
+typedef float Channels[CH][4];
+DEVICE void load(const float* row, bool is, int lane, Channels& v) {
 #pragma unroll
-  for (int n = 1; n < (BLOCK < 32 ? BLOCK : 32); n *= 2)
+  for (int e = 0; e < CH; e++) {
+    float4 four = make_float4(0, 0, 0, 0);
+    if (is && channel_of(e, lane) < D) four = __ldcg((const float4*)(row + channel_of(e, lane)));
+    v[e][0] = four.x, v[e][1] = four.y, v[e][2] = four.z, v[e][3] = four.w;
+  }
+}
+DEVICE void add(Channels& y, const Channels& v, float weight) {
 #pragma unroll
-    for (int e = 0; e < CH; e++) {
-      const float other = __shfl_xor_sync(~0u, y[e], n);
-      y[e] = lane & n ? other - y[e] : y[e] + other;
-    }
-#pragma unroll
-  for (int n = 1; n < BLOCK / 32; n *= 2)
-#pragma unroll
-    for (int e = 0; e < CH; e++)
-      if (!(e & n) && e + n < CH) {
-        const float a = y[e], z = y[(e + n) % CH];
-        y[e] = a + z, y[(e + n) % CH] = a - z;
-      }
-#pragma unroll
-  for (int e = 0; e < CH; e++) y[e] *= SIGN_BITS[e] >> lane & 1 ? NORM : -NORM;
+  for (int i = 0; i < 4 * CH; i++) y[i / 4][i % 4] = fmaf(v[i / 4][i % 4], weight, y[i / 4][i % 4]);
 }
 
-DEVICE void finish(const Call& c, const Pair& p, int row, const float (&y)[CH], float top, float total, int lane) {
+DEVICE void turn_back(Channels& y, int lane) {  // from the rotation
+#pragma unroll
+  for (int n = 1; n < BLOCK; n *= 2)
+#pragma unroll
+    for (int i = 0; i < 4 * CH; i++) {
+      const int e = i / 4, j = i % 4, e2 = (e + n / 128) % CH, j2 = (j + n) % 4;
+      if (n >= 4 && n < 128) {
+        const float other = __shfl_xor_sync(~0u, y[e][j], n / 4);
+        y[e][j] = lane & n / 4 ? other - y[e][j] : y[e][j] + other;
+      } else if (n < 4 ? !(j & n) : !(e & n / 128)) {
+        float &a = y[e][j], &z = n < 4 ? y[e][j2] : y[e2][j];
+        const float sum = a + z;
+        z = a - z, a = sum;
+      }
+    }
+#pragma unroll
+  for (int i = 0; i < 4 * CH; i++) {
+    const int ch = channel_of(i / 4, lane) + i % 4;
+    y[i / 4][i % 4] *= ch < D && SIGN_BITS[ch / 32] >> ch % 32 & 1 ? NORM : -NORM;
+  }
+}
+
+DEVICE void finish(const Call& c, const Pair& p, int row, const Channels& y, float top, float total, int lane) {
   const float sink = c.sink_logits ? c.sink_logits[p.h * c.group + row / c.tokens] * 1.4426950408889634f : NEG;
   const float most = fmaxf(top, sink), base = most == NEG ? 0.f : most, weight = exp2_(top - base);
   const float sum = fmaf(total, weight, exp2_(sink - base)), scale = weight / (sum == 0 ? 1.f : sum);
   u16* out = c.out + ((i64(p.b) * c.heads + p.h) * c.group * c.tokens + row) * D;
 #pragma unroll
   for (int e = 0; e < CH; e++)
-    if (32 * e + lane < D) out[32 * e + lane] = u16(two_16(y[e] * scale, 0));
+    if (channel_of(e, lane) < D)
+      *(uint2*)(out + channel_of(e, lane)) = make_uint2(two_16(y[e][0] * scale, y[e][1] * scale), two_16(y[e][2] * scale, y[e][3] * scale));
 }
 
 // Row r of KV head p, of this block's warps: each lane looks after the tiles' or the pages' part of one of them.
 DEVICE void add_warps(const Call& c, const Shares& s, const Block& block, const Scratch* all, const Pair& p, int r, int lane,
-                      float (&y)[CH], float& top, float& total) {
-  const int n = lane / 2, warp = block.first + n, exact = c.exact * TILE_UNITS, border = p.start + exact;
-  const int from = max(s.unit(warp), lane & 1 ? border : p.start), hi = lane & 1 ? p.end() : border;
-  const bool is = n < block.warps && from < min(s.unit(warp + 1), hi), last = s.unit(warp + 1) <= hi;
+                      Channels& y, float& top, float& total) {
+  const int n = lane / 2, warp = block.first + n, border = p.start + c.exact * TILE_UNITS, to = s.unit(warp + 1);
+  const int from = max(s.unit(warp), lane & 1 ? border : p.start), end = lane & 1 ? p.end() : border;
+  const bool is = n < block.warps && from < min(to, end), last = to <= end;
   const i64 slot = slot_of(c, blockIdx.y, warp, i64(p.b) * c.heads + p.h) + lane % 2 * R + r;
   const Scratch& x = all[n < block.warps ? block.warp_at(n) : 0];
   const float* part = last ? (const float*)x.buffer + r * D : c.part + slot * D;
   float2 own = make_float2(NEG, 0);
   if (is) own = *(const float2*)(last ? x.row[0] + r * 2 : c.top + slot * 2);
-  top = own.x;
-#pragma unroll
-  for (int i = 16; i; i >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+  top = warp_top(own.x);
   const float base = top == NEG ? 0.f : top, weight = is ? exp2_(own.x - base) : 0.f;
   total = own.y * weight;
 #pragma unroll
   for (int i = 16; i; i >>= 1) total += __shfl_xor_sync(~0u, total, i);
-  float plain[CH];
+  Channels plain;
 #pragma unroll
-  for (int e = 0; e < CH; e++) plain[e] = y[e] = 0;
+  for (int i = 0; i < 4 * CH; i++) plain[i / 4][i % 4] = y[i / 4][i % 4] = 0;
   for (u32 left = __ballot_sync(~0u, is); left;) {
-    float v[4][CH], w[4];
+    Channels v[4];
+    float w[4];
     bool turned[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int from = left ? __ffs(left) - 1 : 0;
-      const float* at = (const float*)shuffled(u64(part), from);
+      const float* at = (const float*)shuffled(u64(part), from) + 4 * lane;
       w[i] = __shfl_sync(~0u, weight, from), turned[i] = from & 1;
 #pragma unroll
-      for (int e = 0; e < CH; e++) v[i][e] = left && 32 * e + lane < D ? at[32 * e + lane] : 0.f;
+      for (int e = 0; e < CH; e++) {
+        float4 four = make_float4(0, 0, 0, 0);
+        if (left && channel_of(e, lane) < D) four = *(const float4*)(at + 128 * e);
+        v[i][e][0] = four.x, v[i][e][1] = four.y, v[i][e][2] = four.z, v[i][e][3] = four.w;
+      }
       left &= left - 1;
     }
 #pragma unroll
     for (int i = 0; i < 4; i++)
-#pragma unroll
-      for (int e = 0; e < CH; e++)
-        if (turned[i]) y[e] = fmaf(v[i][e], w[i], y[e]);
-        else plain[e] = fmaf(v[i][e], w[i], plain[e]);
+      if (turned[i]) add(y, v[i], w[i]);
+      else add(plain, v[i], w[i]);
   }
   turn_back(y, lane);
-#pragma unroll
-  for (int e = 0; e < CH; e++) y[e] += plain[e];
+  add(y, plain, 1.f);
 }
 
 // Row r of KV head p, of the blocks `first` to `last`.
-DEVICE void add_blocks(const Call& c, const Shares& s, const Pair& p, int first, int last, int r, int lane, float (&y)[CH],
+DEVICE void add_blocks(const Call& c, const Shares& s, const Pair& p, int first, int last, int r, int lane, Channels& y,
                        float& top, float& total) {
-  const int inside = s.unit(s.warp(first)) < p.start;
-  auto slot = [&](int i) { return cut_slot(s, blockIdx.y, i, i == first && inside) + r; };
+  constexpr int AT_ONCE = 8;
+  const int inside = s.unit(s.warp(first)) < p.start ? first : -1;
+  auto slot = [&](int i) { return cut_slot(s, blockIdx.y, i, i == inside) + r; };
   top = NEG, total = 0;
-  for (int i = first + lane; i <= last; i += 32) top = fmaxf(top, __ldcg(c.cut_top + slot(i) * 2));
 #pragma unroll
-  for (int i = 16; i; i >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-  const float base = top == NEG ? 0.f : top;
+  for (int i = 0; i < 4 * CH; i++) y[i / 4][i % 4] = 0;
+  for (; first <= last; first += 32) {  // whose maxima and sums lanes hold
+    float2 own = make_float2(NEG, 0);
+    if (first + lane <= last) own = __ldcg((const float2*)(c.cut_top + slot(first + lane) * 2));
+    float weight = 0;
+    const int n = min(32, last - first + 1);
+#pragma unroll 1
+    for (int from = 0; from < n; from += AT_ONCE) {
+      Channels v[AT_ONCE];
 #pragma unroll
-  for (int e = 0; e < CH; e++) y[e] = 0;
-#pragma unroll 8
-  for (int i = first; i <= last; i++) {
-    const i64 at = slot(i);
-    const float2 own = __ldcg((const float2*)(c.cut_top + at * 2));
-    const float weight = exp2_(own.x - base);
-    total = fmaf(own.y, weight, total);
+      for (int i = 0; i < AT_ONCE; i++) load(c.cut_part + slot(first + from + i) * D, from + i < n, lane, v[i]);
+      if (from == 0) {  // while these come
+        const float before = top;
+        top = fmaxf(top, warp_top(own.x));
+        const float base = top == NEG ? 0.f : top, old = exp2_(before - base);
+        weight = exp2_(own.x - base), total *= old;
 #pragma unroll
-    for (int e = 0; e < CH; e++)
-      if (32 * e + lane < D) y[e] = fmaf(__ldcg(c.cut_part + at * D + 32 * e + lane), weight, y[e]);
+        for (int i = 0; i < 4 * CH; i++) y[i / 4][i % 4] *= old;
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        const float w = __shfl_sync(~0u, weight, from + i);
+        add(y, v[i], w), total = fmaf(__shfl_sync(~0u, own.y, from + i), w, total);
+      }
+    }
   }
 }
 
 // All of this block's warps, when each has written its parts; p: the block's first KV head.
 DEVICE void add_up(const Call& c, const Shares& s, const Block& block, const Scratch* all, Pair p, int own, int lane) {
-  __shared__ Pair cut[2];  // a KV head that other blocks share
-  __shared__ int blocks[2][2];
-  __shared__ bool ready[2];
-  const int used = min(R, c.group * c.tokens - int(blockIdx.y) * R), row = blockIdx.y * R, thread = own * 32 + lane;
-  if (thread < 2) ready[thread] = false;
-  __syncthreads();
-  float y[CH], top, total;
-  for (int i = own, at = 0; true; i += WARPS) {
+  const int used = min(R, c.group * c.tokens - int(blockIdx.y) * R), row = blockIdx.y * R;
+  Channels y;
+  float top, total;
+  for (int round = 0, at = 0; true; round++) {
+    // there and back: KV heads at both ends of the block, which take longer, come to different warps
+    const int i = round * WARPS + (round & 1 ? WARPS - 1 - own : own), r = i % used;
     p.advance(c, i / used - at), p = p.known();
     at = i / used;
-    if (p.b >= c.batch || p.start >= block.end) break;
-    const int r = i % used;
+    if (p.b >= c.batch || p.start >= block.end) return;
     add_warps(c, s, block, all, p, r, lane, y, top, total);
-    if (block.begin <= p.start && p.end() <= block.end) {
-      finish(c, p, row + r, y, top, total, lane);
-      continue;
-    }
-    const int which = block.begin < p.start;
-    const i64 slot = cut_slot(s, blockIdx.y, block.number, which) + r;
+    if (block.begin > p.start || p.end() > block.end) {  // others have a part
+      const i64 slot = cut_slot(s, blockIdx.y, block.number, block.begin < p.start) + r;
 #pragma unroll
-    for (int e = 0; e < CH; e++)
-      if (32 * e + lane < D) c.cut_part[slot * D + 32 * e + lane] = y[e];
-    if (lane) continue;
-    *(float2*)(c.cut_top + slot * 2) = make_float2(top, total);
-    if (r) continue;
-    cut[which] = p, ready[which] = true;
-    blocks[which][0] = s.block_of(p.start), blocks[which][1] = s.block_of(p.end() - 1);
+      for (int e = 0; e < CH; e++)
+        if (channel_of(e, lane) < D) *(float4*)(c.cut_part + slot * D + channel_of(e, lane)) = make_float4(y[e][0], y[e][1], y[e][2], y[e][3]);
+      if (lane == 0) *(float2*)(c.cut_top + slot * 2) = make_float2(top, total);
+      __syncwarp();
+      const int first = s.block_of(p.start), last = s.block_of(p.end() - 1);
+      u32* arrived = c.arrived + ((i64(blockIdx.y) * c.batch + p.b) * c.heads + p.h) * R + r;
+      u32 before = 0;
+      if (lane == 0) fence(), before = atomicAdd(arrived, 1u), fence();
+      if (uniform(before) != u32(last - first)) continue;
+      if (lane == 0) *arrived = 0;
+      add_blocks(c, s, p, first, last, r, lane, y, top, total);
+    }
+    finish(c, p, row + r, y, top, total, lane);
   }
-  __syncthreads();
-  if (thread < 2 && ready[thread]) {
-    const Pair& shared = cut[thread];
-    u32* arrived = c.arrived + (i64(blockIdx.y) * c.batch + shared.b) * c.heads + shared.h;
-    __threadfence();
-    ready[thread] = atomicAdd(arrived, 1u) == u32(blocks[thread][1] - blocks[thread][0]);
-    if (ready[thread]) *arrived = 0, __threadfence();
-  }
-  __syncthreads();
-  for (int which = 0; which < 2; which++)
-    if (ready[which])
-      for (int r = own; r < used; r += WARPS) {
-        add_blocks(c, s, cut[which], blocks[which][0], blocks[which][1], r, lane, y, top, total);
-        finish(c, cut[which], row + r, y, top, total, lane);
-      }
 }

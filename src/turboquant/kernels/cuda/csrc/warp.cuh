@@ -26,22 +26,17 @@ template <class T> DEVICE T sum4(T x) {
 }
 // ---- codes to levels: every level is an int8 times a unit, and comes as the byte level + 128
 struct Tables {  // of four bits, in registers: `zero` is 0, which the compiler must not know
-  u32 up0, up1, down0, down1, down_16;
+  u32 up0, up1, down0, down1;
   DEVICE explicit Tables(u32 zero)
-      : up0(LEVELS4_UP0 ^ zero), up1(LEVELS4_UP1 ^ zero), down0(LEVELS4_DOWN0 ^ zero), down1(LEVELS4_DOWN1 ^ zero),
-        down_16(0x10000u ^ zero) {}
-  // of eight codes, the nibbles of a word: of the lower four, and of the upper
-  template <int BITS> DEVICE void levels8(u32 codes, u32& low, u32& high) const {
-    const u32 upper = __umulhi(codes, down_16);  // codes >> 16, by the units for products, which have less to do
+      : up0(LEVELS4_UP0 ^ zero), up1(LEVELS4_UP1 ^ zero), down0(LEVELS4_DOWN0 ^ zero), down1(LEVELS4_DOWN1 ^ zero) {}
+  template <int BITS> DEVICE u32 levels4(u32 codes) const {  // of four codes, in the nibbles of the low 16 bits
     if constexpr (BITS == 4) {
       // prmt repeats a byte's sign where the selector's top bit is set: 0 for these tables, so each covers one half
-      const u32 turned = codes ^ 0x88888888u;
-      low = prmt(up0, up1, turned) + 0x80808080u - prmt(down0, down1, codes);
-      high = prmt(up0, up1, __umulhi(turned, down_16)) + 0x80808080u - prmt(down0, down1, upper);
+      return prmt(up0, up1, codes ^ 0x8888u) + 0x80808080u - prmt(down0, down1, codes);
     } else if constexpr (BITS == 3) {
-      low = prmt(LEVELS3_0, LEVELS3_1, codes), high = prmt(LEVELS3_0, LEVELS3_1, upper);
+      return prmt(LEVELS3_0, LEVELS3_1, codes);
     } else {
-      low = prmt(LEVELS2, LEVELS2, codes), high = prmt(LEVELS2, LEVELS2, upper);
+      return prmt(LEVELS2, LEVELS2, codes);
     }
   }
 };
