@@ -51,6 +51,7 @@ DEVICE void start_next() {
 #endif
 }
 template <class T> DEVICE T uniform(T x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that lanes agree
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEVICE u64 shuffled(u64 x, int lane) {
   return u64(__shfl_sync(~0u, u32(x >> 32), lane)) << 32 | __shfl_sync(~0u, u32(x), lane);

@@ -20,10 +20,6 @@ struct Block {  // this one's part of the work
   DEVICE Block(const Shares& s, int n) : number(n), first(s.warp(n)), warps(s.warp(n + 1) - first) {
     begin = s.unit(first), end = s.unit(first + warps);
   }
-  // neighbours in the work share a scheduler, which has every fourth warp: so that each gets tiles and pages alike
-  DEVICE int per() const { return (warps + 3) / 4; }
-  DEVICE int place(int warp) const { return warp / 4 < per() ? warp % 4 * per() + warp / 4 : WARPS; }
-  DEVICE int warp_at(int place) const { return place % per() * 4 + place / per(); }
 };
 
 typedef float Channels[CH][4];
@@ -80,7 +76,7 @@ DEVICE void add_warps(const Call& c, const Shares& s, const Block& block, const 
   const int from = max(s.unit(warp), lane & 1 ? border : p.start), end = lane & 1 ? p.end() : border;
   const bool is = n < block.warps && from < min(to, end), last = to <= end;
   const i64 slot = slot_of(c, blockIdx.y, warp, i64(p.b) * c.heads + p.h) + lane % 2 * R + r;
-  const Scratch& x = all[n < block.warps ? block.warp_at(n) : 0];
+  const Scratch& x = all[n < block.warps ? n : 0];
   const float* part = last ? (const float*)x.buffer + r * D : c.part + slot * D;
   float2 own = make_float2(NEG, 0);
   if (is) own = *(const float2*)(last ? x.row[0] + r * 2 : c.top + slot * 2);
