@@ -1,5 +1,5 @@
 """How far pages drift from the statistics before them (`ChannelTracker.misfit`), which drift alarms of the vLLM plugin
-count from 2: quantiles over pages, layers and heads of texts, and of a text that ends in one word without end.
+count from DRIFT on: quantiles over pages, layers and heads of texts, and of a text that ends in one word without end.
 
 `python benchmarks/misfit.py MODEL TEXT [TEXT...] [--tokens 2048]`
 """
@@ -11,7 +11,7 @@ import torch
 
 from turboquant import TurboQuantCache
 from turboquant.evaluate.models import load
-from turboquant.maths.tracker import ChannelStats, ChannelTracker
+from turboquant.maths.tracker import DRIFT, ChannelStats, ChannelTracker
 from turboquant.packed.buffers import STATES
 
 
@@ -43,7 +43,8 @@ def main() -> None:
     for name, ids in rows.items():
         x = misfits(model, torch.tensor([ids])).flatten()
         at = torch.quantile(x, torch.tensor([0.5, 0.99, 1.0])).tolist()
-        print(f"{name}: median {at[0]:.2f}, 99 % {at[1]:.2f}, most {at[2]:.2f}; alarms {(x >= 2).float().mean():.2%}")
+        alarms = (x >= DRIFT).float().mean()
+        print(f"{name}: median {at[0]:.2f}, 99 % {at[1]:.2f}, most {at[2]:.2f}; alarms {alarms:.2%}")
 
 
 if __name__ == "__main__":

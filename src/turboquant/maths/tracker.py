@@ -13,6 +13,7 @@ from torch import Tensor
 
 from turboquant.maths.exact import lane_sum, root
 
+DRIFT = 2.0  # from this `ChannelTracker.misfit` on, a page has drifted from the statistics before it
 _TINY = 1e-20
 
 

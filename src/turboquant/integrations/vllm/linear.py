@@ -22,7 +22,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from turboquant.integrations.vllm import metrics
-from turboquant.integrations.vllm.loading import Reader, tracker_tensor
+from turboquant.integrations.vllm.loading import Reader, packed_slot, tracker_tensor
 from turboquant.kernels import ops
 from turboquant.layers.slot import Slot
 from turboquant.packed.checkpoint import CheckpointError
@@ -147,11 +147,7 @@ class TurboQuantLinearMethod(LinearMethodBase):
         tensors = {name: getattr(layer, name).data for name in self.readers}
         for name in (*tensors, *self.trackers):
             delattr(layer, name)
-        slot = Slot(layer, "weight", self.local, self.recipe, "meta")
-        for name, t in tensors.items():
-            setattr(layer, name, t)
-        if int(tensors["weight_zero"].max()) > 15:
-            raise CheckpointError(f"{self.prefix}.weight_zero: zeros above 15 are no packed weight")
+        slot = packed_slot(layer, "weight", self.local, self.recipe, tensors, self.prefix)
         self._follow_on(layer, slot)
         self._ready(slot)
 

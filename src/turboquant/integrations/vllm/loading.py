@@ -7,7 +7,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from turboquant.layers.slot import Slot
 from turboquant.packed.checkpoint import CheckpointError
+from turboquant.recipe import Recipe
+
+
+def packed_slot(
+    layer: nn.Module, name: str, shape: tuple[int, ...], recipe: Recipe, tensors: dict[str, Tensor], prefix: str
+) -> Slot:
+    """A slot of packed tensors that were read: those of `tensors` whose names begin with the slot's become `layer`'s.
+
+    Raises:
+        CheckpointError: zeros that no packed weight has.
+    """
+    slot = Slot(layer, name, shape, recipe, "meta")
+    for key, t in tensors.items():
+        if key.startswith(name):
+            setattr(layer, key, t)
+    if int(tensors[f"{name}_zero"].max()) > 15:
+        raise CheckpointError(f"{prefix}.{name}_zero: zeros above 15 are no packed weight")
+    return slot
 
 
 class Copies(TorchDispatchMode):

@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 
 from turboquant.integrations.vllm import metrics
 from turboquant.integrations.vllm.linear import _METHODS, dummy_weights, enlist, live, split
-from turboquant.integrations.vllm.loading import Reader, StackLoader, tracker_tensor
+from turboquant.integrations.vllm.loading import Reader, StackLoader, packed_slot, tracker_tensor
 from turboquant.layers.slot import Slot
 from turboquant.packed.checkpoint import CheckpointError
 from turboquant.recipe import Recipe, RecipeError
@@ -166,13 +166,7 @@ class TurboQuantMoEMethod(FusedMoEMethodBase):
         for key in (*tensors, *self.trackers):
             delattr(layer, key)
         for name in self.shapes if tensors else ():
-            slot = Slot(layer, name, self.shapes[name], self.recipe, "meta")
-            for key, t in tensors.items():
-                if key.startswith(name):
-                    setattr(layer, key, t)
-            if int(tensors[f"{name}_zero"].max()) > 15:
-                raise CheckpointError(f"{self.prefix}.{name}_zero: zeros above 15 are no packed weight")
-            self._ready(name, slot)
+            self._ready(name, packed_slot(layer, name, self.shapes[name], self.recipe, tensors, self.prefix))
         self.readers, self.trackers = {}, {}
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:

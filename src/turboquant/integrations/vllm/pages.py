@@ -26,10 +26,9 @@ from turboquant.integrations.vllm.plan import Call
 from turboquant.integrations.vllm.prompt import workspace
 from turboquant.integrations.vllm.tail import Tail, expand, layouts, pool
 from turboquant.kernels import ops
-from turboquant.maths.tracker import ChannelStats, ChannelTracker
+from turboquant.maths.tracker import DRIFT, ChannelStats, ChannelTracker
 from turboquant.packed.buffers import STATES, CacheBuffers
 
-DRIFT = 2.0  # times the logit error of a page's own scales, from which the scales before it are an alarm
 TAIL = ".tail"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
