@@ -4,6 +4,9 @@ The oracle knows nothing of rings, pools and tables: it encodes pages with maths
 query and token which copy is read (the rule at the top of kernels/reference.py) and computes attention in one go.
 """
 
+import ctypes
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from turboquant.kernels.cuda import nvrtc
 from turboquant.layers.cache import LayerCache
 from turboquant.maths.codec import encode_keys, encode_plain, encode_values
 from turboquant.maths.exact import chain_sum, root
@@ -26,6 +30,33 @@ def real():
     """{"qwen_a.k": (1, tokens, head_dim) fp32, ...}, see tests/data/README.md."""
     data = load_file(Path(__file__).parents[1] / "data" / "qkv.safetensors")
     return {name: t.float() for name, t in data.items()}
+
+
+@pytest.fixture(scope="session")
+def emulation(tmp_path_factory):
+    """emulation(name, config) -> emulation/NAME.cpp as a library: a source of kernels/cuda/csrc with CUDA's threads as
+    fibers of the CPU. config: what `nvrtc` would be given beside the source.
+    """
+    made = {}
+
+    def build(name, config):
+        if (name, config) not in made:
+            compiler = shutil.which("g++") or shutil.which("c++")
+            assert compiler, "no C++ compiler"
+            folder = tmp_path_factory.mktemp(name)
+            for files in (nvrtc.SOURCES, Path(__file__).parent / "emulation"):  # what stands in for a header last
+                shutil.copytree(files, folder, dirs_exist_ok=True)
+            for source in folder.glob("*.cu"):
+                memory = "extern __shared__ __align__(128) u8 memory[];", "u8* memory = block_memory();"
+                source.write_text(source.read_text().replace(*memory))
+            text = config.replace("__constant__", "static const").replace("__device__", "")
+            (folder / "config.cuh").write_text(text)
+            options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
+            subprocess.run([compiler, *options, "-o", folder / "run.so", folder / f"{name}.cpp"], check=True)
+            made[name, config] = ctypes.CDLL(str(folder / "run.so"))
+        return made[name, config]
+
+    return build
 
 
 @pytest.fixture(autouse=True)

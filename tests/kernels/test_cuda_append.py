@@ -4,10 +4,7 @@ Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulatio
 """
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,26 +126,11 @@ EMULATED = [
 
 
 @pytest.fixture
-def emulated(monkeypatch, tmp_path):
+def emulated(monkeypatch, emulation):
     """`append.cache_append` on CPU tensors."""
-    here, compiler = Path(__file__).parent / "emulation", shutil.which("g++") or shutil.which("c++")
-    assert compiler, "no C++ compiler"
 
     def kernels(layout, dtype, device):
-        folder = tmp_path / f"{layout.kv.name}-{layout.head_dim}-{dtype}".replace(":", "-").replace(",", "-")
-        if not folder.exists():
-            folder.mkdir()
-            for source in ("append.cu", "page.cuh", "rows.cuh"):
-                text = (nvrtc.SOURCES / source).read_text()
-                text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = block_memory();")
-                (folder / source).write_text(text)
-            text = append.config(layout, dtype).replace("__constant__", "static const").replace("__device__", "")
-            (folder / "config.cuh").write_text(text)
-            for source in ("ptx.cuh", "run.cpp"):
-                shutil.copy(here / source, folder / source)
-            options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
-            subprocess.run([compiler, *options, "-o", folder / "run.so", folder / "run.cpp"], check=True)
-        library = ctypes.CDLL(str(folder / "run.so"))
+        library = emulation("append", append.config(layout, dtype))
         return [(library, name) for name in (b"encode", b"track", b"store")]
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False):

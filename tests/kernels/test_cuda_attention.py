@@ -4,10 +4,7 @@ Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulatio
 """
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,27 +174,13 @@ def compare_rows(case: Case, tokens, device) -> None:
 
 
 @pytest.fixture(params=[(2, 2)])
-def emulated(monkeypatch, tmp_path, request):
+def emulated(monkeypatch, emulation, request):
     """`cuda.cache_attention` on CPU tensors, as of a chip of so many multiprocessors with so many warps each."""
     multiprocessors, warps = request.param
-    here, compiler = Path(__file__).parent / "emulation", shutil.which("g++") or shutil.which("c++")
-    assert compiler, "no C++ compiler"
 
     def kernel(layout, dtype, group, rows, many, cap, device):
         height, tiles = cuda.tiles_of(layout, group, rows)
-        folder = tmp_path / f"{height}-{tiles}-{many}"
-        if not folder.exists():
-            shutil.copytree(nvrtc.SOURCES, folder)
-            source = (folder / "attention.cu").read_text()
-            source = source.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = block_memory();")
-            (folder / "attention.cu").write_text(source)
-            config = cuda.config(layout, dtype, height, tiles, warps, many, cap)
-            (folder / "config.cuh").write_text(config.replace("__constant__", "static const"))
-            for name in ("ptx.cuh", "tensor.cuh", "attend.cpp"):
-                shutil.copy(here / name, folder / name)
-            options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
-            subprocess.run([compiler, *options, "-o", folder / "run.so", folder / "attend.cpp"], check=True)
-        run = ctypes.CDLL(str(folder / "run.so")).run
+        run = emulation("attend", cuda.config(layout, dtype, height, tiles, warps, many, cap)).run
         at = dict(block_warps=warps, blocks=multiprocessors, shared=0)
         return SimpleNamespace(rows=height * tiles, **at, attend=(run, b"attend"))
 

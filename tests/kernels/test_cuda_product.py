@@ -5,12 +5,9 @@ Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulatio
 
 import ctypes
 import importlib
-import shutil
-import subprocess
 from dataclasses import dataclass
 from itertools import pairwise
 from itertools import product as product_of
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -105,27 +102,12 @@ def check(case: Case, device: str) -> None:
 
 
 @pytest.fixture
-def emulated(monkeypatch, tmp_path):
+def emulated(monkeypatch, emulation):
     """`product.multiply` on CPU tensors; the memory that it writes to holds NaN before."""
-    here, compiler = Path(__file__).parent / "emulation", shutil.which("g++") or shutil.which("c++")
-    assert compiler, "no C++ compiler"
-
-    def function(source, device):
-        folder = tmp_path / f"{abs(hash(source))}"
-        folder.mkdir(exist_ok=True)
-        text = (nvrtc.SOURCES / "product.cu").read_text()
-        text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = block_memory();")
-        (folder / "product.cu").write_text(text)
-        (folder / "config.cuh").write_text(source)
-        for name in ("ptx.cuh", "pipe.cuh", "product.cpp"):
-            shutil.copy(here / name, folder / name)
-        options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
-        subprocess.run([compiler, *options, "-o", folder / "run.so", folder / "product.cpp"], check=True)
-        return ctypes.CDLL(str(folder / "run.so"))
 
     def kernel(n, k, group, planes, rows, dtype, device):
         shape = product.shape_of(n, k, group, planes, rows, 4)  # multiprocessors: some are split and some are not
-        return function(product.config(shape, k, group, planes, dtype), device), shape
+        return emulation("product", product.config(shape, k, group, planes, dtype)), shape
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False, cluster=1):
         assert after and blocks[0] == cluster and shared <= product.SHARED
