@@ -22,10 +22,12 @@ def run(job):
     for _ in range(job.get("times", 1)):
         out = llm.generate(prompts, given, use_tqdm=False)
     cache = llm.llm_engine.vllm_config.cache_config
+    metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
     result = {
         "tokens": [list(x.outputs[0].token_ids) for x in out],
         "cached": [x.num_cached_tokens for x in out],
-        "preemptions": next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+        "preemptions": metrics["vllm:num_preemptions"],
+        "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
         "blocks": cache.num_gpu_blocks,
         "capacity": cache.kv_cache_size_tokens,
     }

@@ -32,6 +32,7 @@ SPECULATIVE = {
         "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1
     }
 }  # fmt: skip
+DRAFT_MODEL = {"speculative_config": {"model": None, "num_speculative_tokens": 4}}  # the model itself
 SIZES = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 32768,
@@ -106,6 +107,9 @@ JOBS = {  # of one model, in one process: starting it costs more than a small en
     "kv4 draft": KV4 | {"settings": SPECULATIVE},
     "kv4 dense": KV4 | {"settings": {"prefix_cache_retention_interval": None}},
     "fp8": KV4 | {"settings": {"kv_cache_dtype": "fp8"}, "raises": True},
+    "draft model": KV4 | {"settings": DRAFT_MODEL, "raises": True},
+    "w8a8": {"recipe": "w8a8"},
+    "w8a8 draft model": {"recipe": "w8a8", "settings": DRAFT_MODEL},
     "no hybrid": KV4 | {"settings": {"disable_hybrid_kv_cache_manager": True}, "raises": True},
 }
 
@@ -113,6 +117,7 @@ JOBS = {  # of one model, in one process: starting it costs more than a small en
 @pytest.fixture(scope="module")
 def ran(llama, tmp_path_factory):
     """Name -> result of JOBS."""
+    DRAFT_MODEL["speculative_config"]["model"] = llama
     found = engines(tmp_path_factory.mktemp("jobs"), [{"model": llama} | job for job in JOBS.values()])
     return dict(zip(JOBS, found, strict=True))
 
@@ -173,8 +178,19 @@ def test_kv4_gives_the_same_tokens_whatever_the_engine_does(ran):
     assert min(ran["kv4 twice"]["cached"][1:]) >= 64 and ran["kv4 tight"]["preemptions"] >= 1
 
 
+def test_quantized_layers_verify_what_a_model_drafts(ran):
+    """The draft model is the unquantized one; with vLLM's own cache, for ours refuses it."""
+    same([ran["w8a8"], ran["w8a8 draft model"]])
+    assert len({t for p in ran["w8a8"]["tokens"] for t in p}) > 20 and ran["w8a8 draft model"]["accepted"] > 0
+
+
 @pytest.mark.parametrize(
-    "name,words", [("fp8", "kv_cache_dtype='fp8'"), ("no hybrid", "--disable-hybrid-kv-cache-manager")]
+    "name,words",
+    [
+        ("fp8", "kv_cache_dtype='fp8'"),
+        ("draft model", "draft models write to blocks of the first of several KV cache groups"),
+        ("no hybrid", "--disable-hybrid-kv-cache-manager"),
+    ],
 )
 def test_what_cannot_be_served_is_refused_at_start(name, words, ran):
     assert ran[name]["error"] is not None and words in ran[name]["error"]

@@ -66,6 +66,7 @@ def test_layers(made, words):
         ({"kv_transfer_config": object()}, "KV connectors"),
         ({"cache_config": SimpleNamespace(cache_dtype="turboquant_4bit_nc")}, "turboquant_4bit_nc"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "drafts by 'eagle3'"),
+        ({"speculative_config": SimpleNamespace(method="draft_model")}, "first of several KV cache groups"),
         ({"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}, "hybrid-kv-cache-manager"),
         (
             {"parallel_config": SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1)},

@@ -166,7 +166,9 @@ def _refused_by_config(config: Any) -> str | None:
     if config.kv_transfer_config is not None:
         return "KV connectors do not carry the tail"
     draft = getattr(config.speculative_config, "method", None)
-    if draft not in (None, "ngram", "draft_model"):
+    if draft == "draft_model":  # its tokens would go where ours stand
+        return "vLLM has draft models write to blocks of the first of several KV cache groups; use n-gram drafts"
+    if draft not in (None, "ngram"):
         return f"drafts by {draft!r} are not tested with it; n-gram drafts are"
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         return "the tail is a KV cache group of its own: --disable-hybrid-kv-cache-manager must not be given"
