@@ -163,10 +163,11 @@ def prefill_rows(model: Any, tokens: int, rounds: int, recipe: str) -> list[dict
         attention, isa = cpu._native.attention, cpu._native.isa
 
         @staticmethod
-        def append(*args: Any) -> None:
+        def append(*args: Any) -> bool:
             start = time.perf_counter()
-            append(*args)
+            done = append(*args)
             seconds.append(time.perf_counter() - start)
+            return bool(done)
 
     native, cpu._native = cpu._native, Timed  # type: ignore[assignment]
     whole, encode, size = [], [], 0

@@ -53,8 +53,9 @@ bool by_table(nb::handle x, View& to) {
   }
   if (t.device_type != DL_CPU || t.lanes != 1 || t.ndim > View::MOST) return false;
   to.data = static_cast<char*>(t.data) + t.byte_offset, to.ndim = t.ndim, to.kind = kind_of(t.code, t.bits);
-  for (int i = 0; i < t.ndim; i++) to.shape[i] = t.shape[i], to.stride[i] = t.strides[i];
-  return true;
+  bool empty = false;
+  for (int i = 0; i < t.ndim; i++) to.shape[i] = t.shape[i], to.stride[i] = t.strides[i], empty |= !t.shape[i];
+  return t.data || empty;  // a tensor without memory is one of the compiler's
 }
 
 bool by_methods(nb::handle x, View& to) {
