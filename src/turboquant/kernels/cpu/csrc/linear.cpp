@@ -6,7 +6,7 @@
 // unpacked into a tile of bytes that stays in the cache while all blocks of rows pass.
 #include "product.h"
 
-#include "linear_kernel.h"
+#include "whole_groups.h"
 
 namespace tq {
 namespace TQ_ISA {
@@ -227,6 +227,16 @@ static void many(const Product& p, int64_t first, int64_t last, uint8_t* scratch
 
 template <int S>
 static void outputs_of(const Product& p, int64_t first, int64_t last, uint8_t* scratch) {
+#if defined(TQ_AVX512)
+  if (p.w.group() % CODES == 0) {
+    switch (p.m) {
+      case 1: return whole_groups<S, 1>(p, first, last, scratch, write);
+      case 2: return whole_groups<S, 2>(p, first, last, scratch, write);
+      case 3: return whole_groups<S, 3>(p, first, last, scratch, write);
+      case 4: return whole_groups<S, 4>(p, first, last, scratch, write);
+    }
+  }
+#endif
   switch (p.m) {
     case 1: return few<S, 1>(p, first, last, scratch);
     case 2: return few<S, 2>(p, first, last, scratch);

@@ -76,11 +76,14 @@ void multiply(std::vector<Product>& some, const Multiplier& kernel, int threads)
       }
     });
   }
-  // a task reads about 32 KiB of a weight, or computes 32 outputs of many rows
+  // a task computes 32 outputs of many rows, or reads 32 to 256 KiB of a weight: what it fetches ahead ends with it
+  int64_t total = 0;
+  for (const Product& p : some) total += p.w.n * (k / 2) * p.w.stages;
+  const int64_t size = std::clamp<int64_t>(total / (8 * threads), 32768, 262144);
   std::vector<int64_t> first{0}, per;
   for (const Product& p : some) {
     const int64_t bytes = 16 * k * p.w.stages;  // of 32 outputs
-    per.push_back(32 * (m_all > FEW ? 1 : std::max<int64_t>(1, 32768 / bytes)));
+    per.push_back(32 * (m_all > FEW ? 1 : std::max<int64_t>(1, size / bytes)));
     first.push_back(first.back() + (p.w.n + per.back() - 1) / per.back());
   }
   parallel(first.back(), threads, [&](int64_t task, int) {
