@@ -324,9 +324,14 @@ def _linear(spec: LinearSpec, device: torch.device, forced: str) -> tuple[str, A
     return backend, import_module(f"turboquant.kernels.{backend}").linear
 
 
+def forced() -> str:
+    """The backend that `use_backend` asks for, "auto" if none is."""
+    return _forced.get()
+
+
 def fused(op: str, spec: LinearSpec, device: torch.device) -> Any:
     """A kernel's "norm_quantize" or "gate_quantize" (contracts in `fused`), "linears" or "mlp" (contracts in
-    `cpu.linear`) for a layer of 8-bit inputs.
+    `cpu.linear`), or "decoder_step" (`cpu.step.DecoderStep`) for a layer of 8-bit inputs.
 
     Returns:
         None where no backend has one, or the layer itself runs on the reference, which quantizes its rows itself.

@@ -229,6 +229,13 @@ class DenseHead(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
+class Decoder:
+    """Marks a module that stands in a decoder layer's place; `own` holds that layer, which has the same children."""
+
+    own: tuple[nn.Module, ...]
+    step: Any  # its `layers.decoder.Step`, None until it is asked for
+
+
 def _wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -317,7 +324,8 @@ def explain_fused(model: nn.Module, dtype: torch.dtype, device: torch.device | s
 
 
 def unfuse(model: nn.Module) -> None:
-    """Put the model's own norms and MLPs back, with the parameters and children that their stand-ins have now."""
+    """Put the model's own norms, MLPs and decoder layers back, with the parameters and children that their stand-ins
+    have now."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             module.together = None
@@ -327,9 +335,11 @@ def unfuse(model: nn.Module) -> None:
             module.own[0]._modules.update(module._modules)
         elif isinstance(module, DenseHead):
             module.own[0]._parameters.update(module._parameters)
-        else:
+        elif not isinstance(module, Decoder):
             continue
-        _put(model, name, module.own[0].train(module.training))
+        own = module.own[0]
+        own.training = module.training
+        _put(model, name, own)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

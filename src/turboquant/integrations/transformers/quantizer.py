@@ -12,6 +12,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from turboquant.integrations.transformers.attention import NAME
 from turboquant.integrations.transformers.config import TurboQuantConfig, attach
+from turboquant.integrations.transformers.decoder import fuse_decoders
 from turboquant.kernels.linear import Shared
 from turboquant.layers.convert import (
     Quantized,
@@ -134,6 +135,7 @@ class TurboQuantizer(HfQuantizer):
         if not self.pre_quantized:
             start_trackers(model)
         fuse(model, head)
+        fuse_decoders(model)
         if any(isinstance(m, Quantized) for m in model.modules()):
             # The saved names are the modules' own: nothing is to be turned back into a checkpoint's names.
             model._weight_conversions = []
@@ -217,6 +219,7 @@ def _quantize_loaded(
     if any(m is head for _, m, _ in list(targets(model, plan, head))) and getattr(model, "all_tied_weights_keys", None):
         untie(model)
     rows = quantize_model(model, plan, head, moments, progress)
+    fuse_decoders(model)
     model._weight_conversions = []  # the saved names are the modules' own
     return rows, attach(model, recipe) if recipe.kv is not None else None
 

@@ -1,6 +1,6 @@
 """The CPU backend: packed codes read with AVX-512 VNNI, AVX-512, AVX2, aarch64 dot products or portable vectors.
 
-See `cache`, `rows`, `product` and `head`; the C++ is in csrc/. `linear` says which layers need auto-round-lib.
+See `cache`, `rows`, `product`, `step` and `head`; the C++ is in csrc/. `linear` says which layers need auto-round-lib.
 """
 
 from typing import Any
@@ -12,12 +12,13 @@ from turboquant.kernels.cpu.head import ROWS as DENSE_ROWS
 from turboquant.kernels.cpu.head import dense
 from turboquant.kernels.cpu.linear import linear, linears, mlp, quantize
 from turboquant.kernels.cpu.rows import gate_quantize, norm_quantize
+from turboquant.kernels.cpu.step import DecoderStep as decoder_step
 
 GRADIENTS = False
 
 __all__ = [
-    "DENSE_ROWS", "DTYPES", "GRADIENTS", "cache_append", "cache_attention", "dense", "gate_quantize", "linear",
-    "linears", "mlp", "norm_quantize", "quantize", "supports",
+    "DENSE_ROWS", "DTYPES", "GRADIENTS", "cache_append", "cache_attention", "decoder_step", "dense", "gate_quantize",
+    "linear", "linears", "mlp", "norm_quantize", "quantize", "supports",
 ]  # fmt: skip
 
 

@@ -35,8 +35,8 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
         if inputs % 16 or bits != 8:
             return f"cpu: quantizes to 8 bit and in sixteens, not {inputs} inputs to {bits} bit"
         return cache.supports(op, None, device)
-    if op == "mlp" and spec is not None and spec.inputs % 16:
-        return f"cpu: an MLP's rows are rounded in sixteens, not {spec.inputs} inputs"
+    if op in ("mlp", "decoder_step") and spec is not None and spec.inputs % 16:
+        return f"cpu: the rows of such a call are rounded in sixteens, not {spec.inputs} inputs"
     if isinstance(spec, LinearSpec) and not spec.stages:
         return "cpu: the weight is not packed"
     if isinstance(spec, LinearSpec) and spec.activation_bits != 16:

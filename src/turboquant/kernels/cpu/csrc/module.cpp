@@ -10,55 +10,21 @@
 #include <memory>
 #include <stdexcept>
 
-#include "driver.h"
+#include "layers.h"
 #include "pool.h"
 
-void bind_cache(nanobind::module_& m);  // cache_calls.cpp
+void bind_cache(nanobind::module_& m);    // cache_calls.cpp
+void bind_decoder(nanobind::module_& m);  // decoder.cpp
 
 namespace nb = nanobind;
 using namespace tq;
 
 namespace {
 
-template <class T>
-T* address(int64_t x) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(x));
-}
-
-void quantize(const RowsToQuantize& a, int64_t rows, const Quantizer& q, int threads) {
-  const int64_t per = std::max<int64_t>(1, 8192 / a.width);  // rows of a task
-  parallel((rows + per - 1) / per, threads, [&](int64_t task, int) {
-    std::unique_ptr<float[]> scratch(new float[a.width]);
-    for (int64_t row = task * per; row < std::min(rows, (task + 1) * per); row++) q.row(a, row, scratch.get());
-  });
-}
-
 // addresses: x signs codes scale; sizes: rows width stride block dtype
 RowsToQuantize rows_to_quantize(const std::array<int64_t, 4>& at, const std::array<int64_t, 5>& size, double norm) {
   return {address<void>(at[0]), int(size[4]), int(size[3]), size[1], size[2], address<float>(at[1]), float(norm),
           address<int8_t>(at[2]), address<float>(at[3])};
-}
-
-// Packed weights that meet the same rows, by: addresses of codes, scale, zero and bias (0: none); N K G S, dtype of bias
-struct Weights {
-  struct One {
-    Weight weight;
-    const void* bias;
-    int bias_dtype;
-  };
-  std::vector<One> all;
-  explicit Weights(const std::vector<std::array<int64_t, 9>>& some) {
-    for (const auto& w : some) {
-      all.push_back({{address<uint8_t>(w[0]), address<uint16_t>(w[1]), address<uint8_t>(w[2]), w[4], w[5], w[6],
-                      int(w[7])}, address<void>(w[3]), int(w[8])});
-      if (w[5] != some[0][5]) throw std::invalid_argument("weights of different inputs");
-    }
-  }
-};
-
-Product product_of(const Weights::One& w, int64_t rows, const int8_t* x, const float* unit, void* out, int dtype,
-                   int64_t stride) {
-  return {w.weight, rows, x, nullptr, unit, w.bias, w.bias_dtype, out, dtype, stride};
 }
 
 // The rows of a product: int8 codes as they are, or made of float rows
@@ -140,25 +106,8 @@ NB_MODULE(_native, m) {
                   int64_t signs, int block, double hidden_norm, int activation) {
     nb::gil_scoped_release release;
     const Input x(wide, isa, threads, at, size, norm);
-    const Weights::One& w = down.all.at(0);
-    const int dtype = int(size[4]), bytes = dtype ? 2 : 4;
-    const int64_t k = w.weight.k;
-    std::unique_ptr<uint8_t[]> hidden(new uint8_t[x.rows * 2 * k * bytes]);  // (M, 2K): gate, up
-    std::vector<Product> products;
-    int64_t column = 0;
-    for (const Weights::One& one : wide.all) {
-      products.push_back(x.product(one, hidden.get() + column * bytes, dtype, 2 * k));
-      column += one.weight.n;
-    }
-    if (column != 2 * k) throw std::invalid_argument("gate and up have not the width of down");
-    multiply(products, multiplier_of(isa.c_str()), threads);
-    std::unique_ptr<int8_t[]> codes(new int8_t[x.rows * k]);
-    std::unique_ptr<float[]> unit(new float[x.rows]);
-    RowsToQuantize a{hidden.get(), dtype, block, k, 2 * k, address<float>(signs), float(hidden_norm), codes.get(),
-                     unit.get(), GATE, nullptr, nullptr, 0, 0, 0, hidden.get() + k * bytes, activation};
-    quantize(a, x.rows, quantizer_of(isa.c_str()), threads);
-    products = {product_of(w, x.rows, codes.get(), unit.get(), address<void>(out), dtype, w.weight.n)};
-    multiply(products, multiplier_of(isa.c_str()), threads);
+    const Gate gate{address<float>(signs), block, float(hidden_norm), activation};
+    gated(wide, down.all.at(0), gate, x.rows, x.x, x.unit, address<void>(out), int(size[4]), isa.c_str(), threads);
   });
   // addresses: x weight bias out; sizes: M N K stride, dtypes of x and bias
   m.def("dense", [](const std::string& isa, int threads, const std::array<int64_t, 4>& at,
@@ -168,4 +117,5 @@ NB_MODULE(_native, m) {
                   int(size[5]), address<void>(at[3])};
     multiply_dense(p, address<void>(at[0]), size[3], dense_of(isa.c_str()), threads);
   });
+  bind_decoder(m);
 }

@@ -1,0 +1,189 @@
+"""Decoder layers of transformers that run a step of a few tokens in two native calls around the cache's attention.
+
+A stand-in is a subclass of the layer's own class under the same name, with the layer's own parameters, children and
+hooks, so that whatever looks for that class finds it. Whether a layer computes what the calls compute is found by
+trying (`decoder_rule`); whether a call may run so is asked each time (`layers.decoder.Step`), and the layer's own
+forward runs where it may not: other caches, prompts, adapters, hooks, gradients, a compiled model.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from turboquant.integrations.transformers.attention import NAME, Pending, attention_forward
+from turboquant.integrations.transformers.cache import TurboQuantCache
+from turboquant.kernels.fused import rms_norm
+from turboquant.layers.decoder import Step, parts_refusal
+from turboquant.layers.fused import Decoder
+
+
+class _Forward(Decoder):
+    """What a stand-in adds to the class of its layer."""
+
+    self_attn: Any
+    training: bool
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the layer's own forward, whose arguments these are."""
+        if position_embeddings is not None and isinstance(past_key_values, TurboQuantCache) and not kwargs:
+            attention = self.self_attn
+            if attention.config._attn_implementation == NAME and not self.training:
+                if self.step is None and parts_refusal(self) is None:  # type: ignore[arg-type]
+                    self.step = Step(self)
+                run = self.step and self.step.run(hidden_states, *position_embeddings)
+                if run is not None:
+                    q, k, v = run.before(hidden_states, *position_embeddings)
+                    k, v = past_key_values.update(k, v, attention.layer_idx)
+                    out, _ = attention_forward(attention, q, k, v, attention_mask, scaling=attention.scaling)
+                    return run.after(hidden_states, out)
+        return super().forward(  # type: ignore[misc]
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+
+class _Probe:
+    """A cache and its layer, which note what reaches them."""
+
+    def __init__(self, config: Any) -> None:
+        self.configs = [config]
+        self.seen: list[Any] = []
+
+    def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        pending = Pending(k, v, self, self.configs, False)  # type: ignore[arg-type]
+        return pending, pending
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+        self.seen.append((q, k, v, kwargs))
+        return q.flip(-1).contiguous()
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+
+
+@torch.no_grad()
+def decoder_rule(layer: Any) -> str | None:
+    """Why a decoder layer does not compute what the two calls compute, None if it does: it is tried with random
+    weights, attention must get the very queries, keys, values and scaling, and the output must be the same bits."""
+    kind, why = type(layer).__name__, parts_refusal(layer)
+    if why is not None:
+        return why
+    own = layer.self_attn
+    if not isinstance(getattr(own, "head_dim", None), int) or not all(
+        hasattr(own, n) for n in ("config", "layer_idx", "scaling")
+    ):
+        return f"{type(own).__name__} has no head_dim, layer_idx, scaling or config"
+    draw, width, d = torch.Generator().manual_seed(0), 16, own.head_dim
+    if any(own._modules[n].out_features % d for n in ("q_proj", "k_proj", "v_proj")):
+        return f"{type(own).__name__} has no whole heads"
+
+    def linear(n: int, k: int) -> nn.Linear:
+        out = nn.Linear(k, n)
+        out.weight.data, out.bias.data = torch.randn(n, k, generator=draw), torch.randn(n, generator=draw)
+        return out
+
+    attention, mlp, norms = copy.copy(own), copy.copy(layer.mlp.own[0]), []
+    sizes = {n: own._modules[n].out_features for n in ("q_proj", "k_proj", "v_proj")}
+    attention._modules = {n: linear(size, width) for n, size in sizes.items()} | {
+        "o_proj": linear(width, sizes["q_proj"])
+    }
+    attention.config = copy.copy(own.config)
+    attention.config._attn_implementation = NAME
+    names = list(layer.mlp._modules)
+    mlp._modules = {**mlp._modules, **{n: linear(32 if n == "gate_up_proj" else 16, 16) for n in names if "proj" in n}}
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        new = copy.copy(norm.own[0])
+        new._parameters = {"weight": nn.Parameter(torch.rand(width, generator=draw) + 0.5, requires_grad=False)}
+        norms.append(new)
+    probe = copy.copy(layer)
+    parts = {"self_attn": attention, "mlp": mlp, "input_layernorm": norms[0], "post_attention_layernorm": norms[1]}
+    probe._modules = {n: parts[n] for n in layer._modules}
+    probe.training = attention.training = False
+    x, cos, sin = (torch.randn(2, 3, n, generator=draw) for n in (width, d, d))
+    past = _Probe(attention.config)
+    try:
+        got = probe(
+            x, attention_mask=None, position_ids=torch.arange(3)[None], past_key_values=past, use_cache=True,
+            position_embeddings=(cos, sin),
+        )  # fmt: skip
+    except Exception as e:
+        return f"{kind} cannot be tried ({type(e).__name__})"
+    if len(past.seen) != 1 or not isinstance(got, Tensor):
+        return f"{kind} calls attention otherwise, or returns more than a tensor"
+    h = rms_norm(x, norms[0].weight, layer.input_layernorm.rule)
+    q, k, v = (attention._modules[n](h).view(2, 3, -1, d).transpose(1, 2) for n in sizes)
+    q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+    *states, options = past.seen[0]
+    if not all(torch.equal(a, b) for a, b in zip(states, (q, k, v), strict=True)):
+        return f"{kind} makes queries, keys and values in another way"
+    if options.pop("scaling") != own.scaling or any(o is not None and o is not False for o in options.values()):
+        return f"{kind} asks attention for more than scaling"
+    y = x + attention._modules["o_proj"](q.flip(-1).transpose(1, 2).reshape(2, 3, -1))
+    want = y + mlp(rms_norm(y, norms[1].weight, layer.post_attention_layernorm.rule))
+    return None if torch.equal(got, want) else f"{kind} adds up otherwise"
+
+
+def fuse_decoders(model: nn.Module) -> list[dict[str, Any]]:
+    """Put stand-ins in place of decoder layers that compute what the two calls compute.
+
+    Returns:
+        one row for each layer that has an attention and an MLP: {"name", "op", "fused", "why"}.
+    """
+    rows = []
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Decoder) or not {"self_attn", "mlp"} <= set(layer._modules):
+            continue
+        why = decoder_rule(layer)
+        if why is None:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, _stand_in(layer))
+        rows.append({"name": name, "op": "decoder_step", "fused": why is None, "why": why or "Llama's formula"})
+    return rows
+
+
+def explain_decoders(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> list[dict[str, str]]:
+    """Which decoder layers of a quantized model run a step of a few tokens in two calls with a cache of this library.
+
+    Returns:
+        rows {"name", "op", "kernel" ("none" where its modules run one after another), "why"}.
+    """
+    rows = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, Decoder):
+            assert isinstance(layer, nn.Module)
+            run = Step(layer).kernel(dtype, torch.device(device)) if parts_refusal(layer) is None else None
+            why = parts_refusal(layer) or ("all but attention in two calls" if run else "no kernel serves its layers")
+            kernel = run.__module__.removeprefix("turboquant.kernels.").split(".")[0] if run else "none"
+        elif {"self_attn", "mlp"} <= set(layer._modules):
+            kernel, why = "none", decoder_rule(layer) or "no stand-in was put in its place"
+        else:
+            continue
+        rows.append({"name": name, "op": "decoder_step", "kernel": kernel, "why": f"{why}"})
+    return rows
+
+
+def _stand_in(layer: nn.Module) -> nn.Module:
+    own: Any = type(layer)
+    kind: Any = type(own.__name__, (_Forward, own), {"__module__": own.__module__})
+    new: Any = kind.__new__(kind)
+    new.__dict__.update(layer.__dict__)  # one set of children, parameters and hooks
+    new.own, new.step = (layer,), None
+    return new
