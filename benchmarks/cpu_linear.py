@@ -5,11 +5,13 @@
 
 Prefill and decode tokens/s, medians; contestants one after another, each alone in memory. The GGUF file is requantized
 to Q4_0 in a temporary folder. `--llama-python` names an interpreter that has llama-cpp-python, where this one has not.
-Without `--clip` recipes get clip=0, which changes no speed and saves minutes of search.
+Without `--clip` recipes get clip=0, which changes no speed and saves minutes of search. `--folders DIR` keeps what was
+quantized, so that a second run measures without quantizing.
 """
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -44,7 +46,9 @@ print(json.dumps([statistics.median(read), statistics.median(step)]))
 """
 
 
-def ours(model: str, recipe: str, prompt: int, new: int, rounds: int) -> tuple[float, float, int, str]:
+def ours(
+    model: str, recipe: str, prompt: int, new: int, rounds: int, folders: Path | None
+) -> tuple[float, float, int, str]:
     """Seconds of the prompt and of a step, bytes of the weights, the kernel."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
@@ -52,8 +56,13 @@ def ours(model: str, recipe: str, prompt: int, new: int, rounds: int) -> tuple[f
     from turboquant import TurboQuantCache, TurboQuantConfig
     from turboquant.evaluate.fidelity import linear_kernels
 
-    more = {} if recipe == "bf16" else {"quantization_config": TurboQuantConfig(recipe)}
+    more: dict[str, Any] = {} if recipe == "bf16" else {"quantization_config": TurboQuantConfig(recipe)}
+    kept = folders / re.sub("[^a-z0-9]+", "-", recipe) if folders and more else None
+    if kept and kept.exists():
+        model, more = str(kept), {}
     net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, **more).eval()
+    if kept and more:
+        net.save_pretrained(kept)
     ids = torch.randint(0, 1000, (1, prompt), generator=torch.Generator().manual_seed(0))
     read, step = [], []
     for i in range(rounds + 1):
@@ -79,6 +88,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--clip", action="store_true", help="search the range of each group, as recipes do by default")
+    p.add_argument("--folders", type=Path, metavar="DIR")
     p.add_argument("--llama", metavar="GGUF")
     p.add_argument("--llama-python", default=sys.executable, metavar="PYTHON")
     p.add_argument("--json", type=Path, metavar="OUT")
@@ -99,7 +109,7 @@ def main() -> None:
     with torch.no_grad():
         for recipe in ["bf16", *(a.recipe or ["w4a8kv4"])]:
             asked = recipe if a.clip or recipe == "bf16" else recipe + ("," if ":" in recipe else ":") + "clip=0"
-            read, step, size, kernel = ours(a.model, asked, a.prompt, a.new, a.rounds)
+            read, step, size, kernel = ours(a.model, asked, a.prompt, a.new, a.rounds, a.folders)
             add(recipe, read, step, weight_bytes=size, kernel=kernel)
     if a.llama:
         with tempfile.TemporaryDirectory() as folder:
