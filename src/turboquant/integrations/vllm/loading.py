@@ -1,5 +1,6 @@
 """Weights on their way into a layer: what a loader of vLLM brings is counted and checked."""
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,14 @@ class Copies(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default:
             self.numbers += args[0].numel()
         return func(*args, **(kwargs or {}))
+
+
+def give_back() -> None:
+    """Hands the process's freed memory back to the system, where glibc allocates: it keeps what it has once been asked
+    for, and 16-bit weights that were freed one by one would stand beside the packed ones until the end."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 class Reader:
@@ -104,6 +113,8 @@ class Reader:
         self.target = None if complete else target
         if self.full is not None and complete:
             self.full(target.data)
+            del target, param
+            give_back()
         return out
 
     @property
