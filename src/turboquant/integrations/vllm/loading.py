@@ -1,7 +1,8 @@
 """Weights on their way into a layer: what a loader of vLLM brings is counted and checked."""
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ def packed_slot(
     return slot
 
 
+MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
+
+
 class Copies(TorchDispatchMode):
     """Counts the numbers that are copied within the context."""
 
@@ -43,12 +47,22 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def give_back() -> None:
-    """Hands the process's freed memory back to the system, where glibc allocates: it keeps what it has once been asked
-    for, and 16-bit weights that were freed one by one would stand beside the packed ones until the end."""
+@contextmanager
+def returned() -> Iterator[None]:
+    """Within the context glibc takes large memory from the system one by one and hands it back when it is freed.
+
+    It keeps what it once had otherwise, and 16-bit weights that are freed one after the other would stand beside the
+    packed ones until the end. Afterwards its threshold is the 32 MiB that it comes to by itself.
+    """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if not hasattr(libc, "mallopt"):  # another libc
+        yield
+        return
+    libc.mallopt(MMAP_THRESHOLD, 1 << 18)
+    try:
+        yield
+    finally:
+        libc.mallopt(MMAP_THRESHOLD, 32 << 20)
 
 
 class Reader:
@@ -76,7 +90,8 @@ class Reader:
         self.target: nn.Parameter | None = None if full else self.parameter
 
     def _make(self, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> nn.Parameter:
-        out = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        with returned():
+            out = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
         for key, value in self.attrs.items():
             setattr(out, key, value)
         return out
@@ -112,9 +127,8 @@ class Reader:
         complete = self.done and self.full is not None
         self.target = None if complete else target
         if self.full is not None and complete:
-            self.full(target.data)
-            del target, param
-            give_back()
+            with returned():
+                self.full(target.data)
         return out
 
     @property
