@@ -42,7 +42,7 @@ help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
 	@echo "make test         every check and test (CPU, about ten minutes)"
 	@echo "make check        lint, format, types, import contract, tests/test_tiny.py (under a minute)"
-	@echo "make test-triton  the Triton kernels in Triton's interpreter (part of make test, two minutes)"
+	@echo "make test-triton  the Triton kernels in Triton's interpreter, and compiled for GPUs (part of make test, three minutes)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
 	@echo "make test-vllm    tests/vllm inside vLLM for CPUs, in its own .venv-vllm (eight minutes; Python 3.11)"
 	@echo "make sanitize     the native CPU module under the address and undefined-behaviour sanitizers"
@@ -60,6 +60,7 @@ test: check
 test-triton: $(if $(HAS_TRITON),$(TRITON)/.stamp)
 ifneq ($(HAS_TRITON),)
 	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -q --durations=5 tests/kernels/test_triton.py
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=0 $(VENV)/bin/python -m pytest -q --durations=5 tests/kernels/test_triton_compiles.py
 else
 	@echo "[test-triton] Triton has no wheels for $$(uname -sm): its tests did not run"
 endif
