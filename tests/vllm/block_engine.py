@@ -89,6 +89,23 @@ def expected(recipe, streams, window=None, softcap=None, sinks=None, backend="au
     return out
 
 
+def read_from(pages, recipe, stream, softcap=None, sinks=None):
+    """Outputs of our own cache on the reference, if its pages hold these bytes (pages, H, page_bytes).
+
+    A page is put in place when it is complete: with a ring of at least a page no row before reads it.
+    """
+    cache, at = LayerCache(parse_recipe(recipe).kv, None), 0
+    size, outs = cache.kv.page, []
+    while at < len(stream[0]):
+        q, k, v = (x[at : at + size].transpose(0, 1)[None] for x in stream)
+        with ops.use_backend("reference"):
+            outs.append(cache.step(q, k, v, scaling=SCALE, softcap=softcap, sink_logits=sinks, row_exact=True))
+        at += size
+        if at <= len(stream[0]):
+            cache.buf.pages[cache._pages[0][at // size - 1]] = pages[at // size - 1]
+    return torch.cat(outs, 2)[0].transpose(0, 1)
+
+
 def near(got, want):
     tolerance = 2e-2 if got.dtype == torch.bfloat16 else 2e-5
     torch.testing.assert_close(got.float(), want.float(), rtol=tolerance, atol=tolerance)

@@ -181,6 +181,14 @@ def test_a_tracker_follows_requests_alone(cases):
     assert len(alarms) == 8 and all('of="activations"' in x and float(x.split()[-1]) >= 1 for x in alarms)
 
 
+def test_a_second_generation_is_the_first(engine, tiny_llama):
+    """8-bit inputs follow nothing and pages hold their own statistics: no step changes what a later one gives."""
+    prompts = [[(i * i + n) % 509 for i in range(n)] for n in (40, 100, 300)]
+    code = "result = [greedy(llm, params['prompts'], 8) for _ in range(2)]"
+    first, again = engine(code, tiny_llama, "w8a8kv4", llm={"skip_tokenizer_init": True}, prompts=prompts)
+    assert first == again
+
+
 @pytest.mark.parametrize("what", CORRUPT)
 def test_a_corrupt_checkpoint_is_refused(what, cases):
     assert CORRUPT[what][0] in cases[what]
