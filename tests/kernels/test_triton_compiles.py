@@ -25,6 +25,7 @@ from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import ActivationRecipe, parse_recipe
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 FP, BF, HF = torch.float32, torch.bfloat16, torch.float16
 H, G = 2, 4
 SMALL = "k4v3:page=16,ring=24,sinks=3,rewind=8"
