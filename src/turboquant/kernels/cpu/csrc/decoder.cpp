@@ -70,7 +70,7 @@ struct Layer {
 
   RowsToQuantize rows(const void* x, int64_t stride, int which, int64_t k, int8_t* codes, float* unit) const {
     const Turn& t = turns[which];
-    return {x, dtype, t.block, k, stride, t.signs, t.norm, codes, unit, PLAIN, nullptr, nullptr, 0, 0, 0, nullptr, 0};
+    return {x, dtype, t.block, k, stride, t.signs, t.norm, codes, unit};
   }
 
   void normed(const void* x, int64_t stride, const Norm& n, int64_t count, int8_t* codes, float* unit,
