@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from turboquant.cli import app
 from turboquant.evaluate import EvaluateError, fidelity, quantizing
 from turboquant.evaluate.inputs import linear_inputs
-from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_scheme
+from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_scheme, stored_note
 from turboquant.evaluate.models import load
 from turboquant.evaluate.quantizing import by_kind, quantize
 from turboquant.evaluate.speed import bench
@@ -104,6 +104,9 @@ def test_what_is_stored_quantized_is_not_quantized_again(tiny_folder, tiny_token
             fidelity(model, tiny_tokenizer, [recipe], prose, 256, 512)
     same = fidelity(model, tiny_tokenizer, ["w4a8", "kv4"], prose, 256, 512)
     assert same[0]["kl"] == 0 and same[1]["kl"] > 0
+    assert "The linear layers are stored as 'w4a8kv4'" in stored_note(model)
+    quantize(str(tiny_folder), tmp_path / "some", "w4", overrides={"mlp": "none"}, dtype="float32")
+    assert "The linear layers (8 of them; 6 are as they were)" in stored_note(load(tmp_path / "some", "float32")[0])
 
 
 def test_an_override_may_have_options(tiny_folder, tmp_path):

@@ -35,6 +35,14 @@ def test_an_isa_that_is_not_there_is_refused(monkeypatch):
     assert "avx1024" in why and "portable" in why
 
 
+def test_an_isa_asked_for_later_is_not_passed_over(monkeypatch):
+    cache = filled(60)
+    cache.step(*chunk(1))
+    monkeypatch.setenv("TURBOQUANT_CPU_ISA", "avx1024")
+    with pytest.raises(ValueError, match="avx1024 does not run here"):
+        cache.step(*chunk(1))
+
+
 def test_a_page_id_that_is_not_there_is_an_error():
     cache = filled(60)
     q, k, v = chunk(10)

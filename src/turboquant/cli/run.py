@@ -28,7 +28,14 @@ def generate(
 
     Example: turboquant generate HuggingFaceTB/SmolLM2-135M-Instruct "Why is the sky blue?" --recipe kv4
     """
-    net, tokenizer = load(model, dtype, device, threads, seed, [recipe] if recipe else [], [], (json,))
+    from turboquant.evaluate.errors import EvaluateError
+    from turboquant.recipe import parse_recipe
+
+    if not prompt:
+        raise EvaluateError("PROMPT is empty; give at least one word")
+    if recipe:
+        parse_recipe(recipe)  # a scheme to compare with cannot generate
+    net, tokenizer = load(model, dtype, device, threads, seed, [], [], (json,))
     from turboquant.evaluate import generation, report
     from turboquant.evaluate.linear import folder_recipe
 

@@ -62,6 +62,8 @@ def scheme(name: str | Recipe) -> Scheme:
     try:
         recipe = parse_recipe(name)
     except RecipeError as e:
+        if "unknown recipe" not in str(e):
+            raise
         others = ", ".join((BASE, *BASELINES, *LINEAR_BASELINES))
         raise RecipeError(f"{str(e).rstrip('.')}. To compare with: {others}.") from None
     if recipe == Recipe():

@@ -129,8 +129,12 @@ def stored_note(model: Any) -> str | None:
     recipe = _stored(model)
     if recipe is None or recipe.weights is None:
         return None
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Quantized) and m is not head]
+    floats = sum(not isinstance(m, Quantized) for m in layers)
+    some = f" ({len(layers) - floats} of them; {floats} are as they were)" if floats else ""
     return (
-        f"The linear layers are stored as {recipe.name!r}, and what rows are compared with has them too: only "
+        f"The linear layers{some} are stored as {recipe.name!r}, and what rows are compared with has them too: only "
         "the cache differs. For what the weights cost and gain, name the model that the folder was made from."
     )
 

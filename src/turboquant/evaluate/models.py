@@ -25,9 +25,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise EvaluateError(
-            f"device={name!r} cannot be used ({str(e).splitlines()[0]}); allowed: auto, cpu, cuda"
-        ) from e
+        here = "auto, cpu, cuda, cuda:N" if torch.cuda.is_available() else "auto, cpu"
+        raise EvaluateError(f"device={name!r} cannot be used ({str(e).splitlines()[0]}); allowed here: {here}") from e
     return device
 
 

@@ -62,7 +62,11 @@ def isas() -> tuple[str, ...]:
 
 
 def isa() -> str:
-    """The instruction set in use: TURBOQUANT_CPU_ISA if this machine has it, else the best."""
+    """The instruction set in use: TURBOQUANT_CPU_ISA, else the best.
+
+    Raises:
+        ValueError: that one does not run here.
+    """
     return str(_native.isa())  # the variable is read there: os.environ takes longer than the rest of a call's checks
 
 

@@ -101,6 +101,10 @@ def linear(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+# torch.compile must not look into it: it would free rows whose addresses the native calls were given
+untraced_linear = torch.compiler.disable(linear)
+
+
 def linears(
     x: Tensor | Coded, pairs: Sequence[product.Pair], recipe: ActivationRecipe, state: LinearState
 ) -> list[Tensor]:

@@ -1,6 +1,8 @@
 // Which instruction set runs: the best this machine has.
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #if defined(TQ_ARM) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -101,7 +103,12 @@ const Multiplier& multiplier_of(const char* isa) { return *table().multiplier[ta
 const DenseMultiplier& dense_of(const char* isa) { return *table().dense[table().find(isa)]; }
 const char* isa_in_use() {
   const char* asked = std::getenv("TURBOQUANT_CPU_ISA");
-  return table().names[asked ? table().find(asked) : 0];
+  if (!asked || !*asked) return table().names[0];
+  const char* found = table().names[table().find(asked)];
+  if (std::strcmp(found, asked) != 0) {
+    throw std::invalid_argument(std::string("TURBOQUANT_CPU_ISA=") + asked + " does not run here");
+  }
+  return found;
 }
 const char* const* isa_names(int* count) {
   *count = table().count;
