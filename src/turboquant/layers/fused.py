@@ -55,6 +55,15 @@ def _changed(module: nn.Module) -> str | None:
     return None
 
 
+def bare(module: nn.Module) -> Any:
+    """A copy of a module without its hooks, to be tried: nobody's hook shall see what it is tried with."""
+    new = copy.copy(module)
+    for name, value in module.__dict__.items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+            new.__dict__[name] = type(value)()
+    return new
+
+
 @torch.no_grad()
 def norm_rule(module: nn.Module) -> NormRule | str:
     """The formula of an RMSNorm, or why it is none of those known."""
@@ -67,7 +76,7 @@ def norm_rule(module: nn.Module) -> NormRule | str:
     if eps is None:
         return f"{type(module).__name__} has no eps that is known"
     draw = torch.Generator().manual_seed(0)
-    probe = copy.copy(module)
+    probe = bare(module)
     w = (torch.rand(len(weight), generator=draw) + 0.5).to(weight.dtype)
     probe._parameters = {"weight": nn.Parameter(w, requires_grad=False)}
     x = torch.randn(4, len(weight), generator=draw) * torch.tensor([1.0, 30.0, 1e-3, 1e-5])[:, None]
@@ -106,8 +115,8 @@ def gate_rule(module: nn.Module) -> GateRule | str:
         n, k = (32, 16) if name == "gate_up_proj" else (16, 16)
         parts[name] = nn.Linear(k, n, bias=False)
         parts[name].weight.data = torch.randn(n, k, generator=draw)
-    probe = copy.copy(module)
-    probe._modules = {**module._modules, **parts}
+    probe = bare(module)
+    probe._modules = {n: parts.get(n) or (m and bare(m)) for n, m in module._modules.items()}
     x = torch.randn(9, 16, generator=draw)
     try:
         want = probe(x)
@@ -233,6 +242,7 @@ class Decoder:
     """Marks a module that stands in a decoder layer's place; `own` holds that layer, which has the same children."""
 
     own: tuple[nn.Module, ...]
+    formula: Any  # its `layers.decoder.Formula`, or why it has none
     step: Any  # its `layers.decoder.Step`, None until it is asked for
 
 

@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from turboquant.integrations.transformers.attention import NAME, Pending, attention_forward
 from turboquant.integrations.transformers.cache import TurboQuantCache
 from turboquant.kernels.fused import rms_norm
-from turboquant.layers.decoder import Step, parts_refusal
-from turboquant.layers.fused import Decoder
+from turboquant.layers.decoder import Formula, Step, parts_refusal
+from turboquant.layers.fused import Decoder, bare
+
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # before transformers 5
+    output_capturing = None
 
 
 class _Forward(Decoder):
@@ -38,10 +43,11 @@ class _Forward(Decoder):
         """As the layer's own forward, whose arguments these are."""
         if position_embeddings is not None and isinstance(past_key_values, TurboQuantCache) and not kwargs:
             attention = self.self_attn
-            if attention.config._attn_implementation == NAME and not self.training:
-                if self.step is None and parts_refusal(self) is None:  # type: ignore[arg-type]
-                    self.step = Step(self)
+            plain = self.training or torch.compiler.is_compiling()
+            if attention.config._attn_implementation == NAME and not plain:
                 run = self.step and self.step.run(hidden_states, *position_embeddings)
+                if run is None and _renewed(self):
+                    run = self.step.run(hidden_states, *position_embeddings)
                 if run is not None:
                     q, k, v = run.before(hidden_states, *position_embeddings)
                     k, v = past_key_values.update(k, v, attention.layer_idx)
@@ -56,6 +62,35 @@ class _Forward(Decoder):
             position_embeddings=position_embeddings,
             **kwargs,
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Of the layer's own class, as the stand-in's is made at run time."""
+        state = {n: v for n, v in self.__dict__.items() if n not in ("own", "step", "formula")}
+        return _rebuilt, self.own, state
+
+
+def _idle(hook: Any) -> bool:
+    """Whether a hook is one of those with which transformers records outputs, while it records none."""
+    if output_capturing is None or getattr(hook, "__module__", None) != output_capturing.__name__:
+        return False
+    return not output_capturing._active_collector.get()
+
+
+def _refusal(layer: Any) -> str | None:
+    why = parts_refusal(layer)
+    if why is None and not isinstance(layer.formula, Formula):
+        why = str(layer.formula)
+    if why is None and type(layer.self_attn) is not layer.formula.attention:
+        why = f"attention was {layer.formula.attention.__name__} when it was tried"
+    return why
+
+
+def _renewed(layer: Any) -> bool:
+    """Whether a stand-in got a step now: it had none, or other modules stand in places of its parts."""
+    if layer.step is not None and not layer.step.replaced():
+        return False
+    layer.step = None if _refusal(layer) else Step(layer, layer.formula, _idle)
+    return layer.step is not None
 
 
 class _Probe:
@@ -100,20 +135,22 @@ def decoder_rule(layer: Any) -> str | None:
         out.weight.data, out.bias.data = torch.randn(n, k, generator=draw), torch.randn(n, generator=draw)
         return out
 
-    attention, mlp, norms = copy.copy(own), copy.copy(layer.mlp.own[0]), []
+    attention, mlp, norms = bare(own), bare(layer.mlp.own[0]), []
     sizes = {n: own._modules[n].out_features for n in ("q_proj", "k_proj", "v_proj")}
     attention._modules = {n: linear(size, width) for n, size in sizes.items()} | {
         "o_proj": linear(width, sizes["q_proj"])
     }
     attention.config = copy.copy(own.config)
     attention.config._attn_implementation = NAME
-    names = list(layer.mlp._modules)
-    mlp._modules = {**mlp._modules, **{n: linear(32 if n == "gate_up_proj" else 16, 16) for n in names if "proj" in n}}
+    mlp._modules = {
+        n: linear(32 if n == "gate_up_proj" else 16, 16) if "proj" in n else m and bare(m)
+        for n, m in layer.mlp._modules.items()
+    }
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-        new = copy.copy(norm.own[0])
+        new = bare(norm.own[0])
         new._parameters = {"weight": nn.Parameter(torch.rand(width, generator=draw) + 0.5, requires_grad=False)}
         norms.append(new)
-    probe = copy.copy(layer)
+    probe = bare(layer)
     parts = {"self_attn": attention, "mlp": mlp, "input_layernorm": norms[0], "post_attention_layernorm": norms[1]}
     probe._modules = {n: parts[n] for n in layer._modules}
     probe.training = attention.training = False
@@ -154,7 +191,7 @@ def fuse_decoders(model: nn.Module) -> list[dict[str, Any]]:
         why = decoder_rule(layer)
         if why is None:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, _stand_in(layer))
+            setattr(model.get_submodule(parent), last, _stand_in(layer, Formula(layer)))
         rows.append({"name": name, "op": "decoder_step", "fused": why is None, "why": why or "Llama's formula"})
     return rows
 
@@ -168,10 +205,7 @@ def explain_decoders(model: nn.Module, dtype: torch.dtype, device: torch.device 
     rows = []
     for name, layer in model.named_modules():
         if isinstance(layer, Decoder):
-            assert isinstance(layer, nn.Module)
-            run = Step(layer).kernel(dtype, torch.device(device)) if parts_refusal(layer) is None else None
-            why = parts_refusal(layer) or ("all but attention in two calls" if run else "no kernel serves its layers")
-            kernel = run.__module__.removeprefix("turboquant.kernels.").split(".")[0] if run else "none"
+            kernel, why = _explained(layer, dtype, torch.device(device))
         elif {"self_attn", "mlp"} <= set(layer._modules):
             kernel, why = "none", decoder_rule(layer) or "no stand-in was put in its place"
         else:
@@ -180,10 +214,25 @@ def explain_decoders(model: nn.Module, dtype: torch.dtype, device: torch.device 
     return rows
 
 
-def _stand_in(layer: nn.Module) -> nn.Module:
+def _explained(layer: Any, dtype: torch.dtype, device: torch.device) -> tuple[str, str]:
+    _renewed(layer)
+    why = _refusal(layer) or layer.step.refusal(dtype, device)
+    if why is None and (layer.training or "forward" in layer.__dict__):
+        why = "it is in training mode" if layer.training else "it was given another forward"
+    if why is not None:
+        return "none", why
+    kernel = layer.step.kernel(dtype, device).__module__
+    return kernel.removeprefix("turboquant.kernels.").split(".")[0], "all but attention in two calls"
+
+
+def _stand_in(layer: nn.Module, formula: Formula | str) -> Any:
     own: Any = type(layer)
     kind: Any = type(own.__name__, (_Forward, own), {"__module__": own.__module__})
     new: Any = kind.__new__(kind)
     new.__dict__.update(layer.__dict__)  # one set of children, parameters and hooks
-    new.own, new.step = (layer,), None
+    new.own, new.step, new.formula = (layer,), None, formula
     return new
+
+
+def _rebuilt(own: nn.Module) -> Any:
+    return _stand_in(own, decoder_rule(own) or Formula(own))
