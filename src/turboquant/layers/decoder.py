@@ -1,8 +1,8 @@
 """Decoder layers of Llama's kind around quantized layers: a step of a few rows in two calls of a kernel.
 
 `Step` decides, call by call, whether a layer may run so. With hooks on one of its parts, another module in a part's
-place (an adapter), a patched class, gradients, inference mode, angles of another shape, a weight elsewhere, or a
-backend without such an op it may not, and its modules run as they stand. Both ways give the same bits.
+place (an adapter), a patched class, gradients, a compiled model, inference mode, angles of another shape, a weight
+elsewhere, or a backend without such an op it may not, and its modules run as they stand. Both ways give the same bits.
 """
 
 import inspect
@@ -93,7 +93,7 @@ class Step:
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
         """The kernel's object for rows x (B, n, K) and their angles; None where the modules have to run."""
-        if x.is_inference() or x.dim() != 3 or self._changed() is not None:
+        if torch.compiler.is_compiling() or x.is_inference() or x.dim() != 3 or self._changed() is not None:
             return None
         tensors = self._tensors()
         if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):

@@ -43,8 +43,7 @@ class _Forward(Decoder):
         """As the layer's own forward, whose arguments these are."""
         if position_embeddings is not None and isinstance(past_key_values, TurboQuantCache) and not kwargs:
             attention = self.self_attn
-            plain = self.training or torch.compiler.is_compiling()
-            if attention.config._attn_implementation == NAME and not plain:
+            if attention.config._attn_implementation == NAME and not self.training:
                 run = self.step and self.step.run(hidden_states, *position_embeddings)
                 if run is None and _renewed(self):
                     run = self.step.run(hidden_states, *position_embeddings)
