@@ -18,10 +18,10 @@ from turboquant.kernels.fused import rms_norm
 from turboquant.layers.decoder import Formula, Step, parts_refusal
 from turboquant.layers.fused import Decoder, bare
 
-try:
-    from transformers.utils import output_capturing
-except ImportError:  # before transformers 5
-    output_capturing = None
+try:  # not public: without it, recording hooks count as any others
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:
+    _active_collector = None
 
 
 class _Forward(Decoder):
@@ -70,9 +70,8 @@ class _Forward(Decoder):
 
 def _idle(hook: Any) -> bool:
     """Whether a hook is one of those with which transformers records outputs, while it records none."""
-    if output_capturing is None or getattr(hook, "__module__", None) != output_capturing.__name__:
-        return False
-    return not output_capturing._active_collector.get()
+    theirs = getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+    return theirs and _active_collector is not None and not _active_collector.get()
 
 
 def _refusal(layer: Any) -> str | None:
