@@ -117,8 +117,8 @@ class LinearState:
     hot: Hot | None = None
     shared: Shared | None = None
     prepared: dict[str, Any] = field(default_factory=dict)
-    backend: str = ""  # that ran last
-    traced: Callable[..., Tensor] | None = None  # its op, as it stands in a compiled model
+    run: Callable[..., Tensor] | None = None  # the op of the backend that ran last
+    backend: str = ""  # its name
 
 
 def rows_of(

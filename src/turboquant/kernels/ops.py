@@ -304,24 +304,24 @@ def linear(
     backend that was asked for must be that one.
     """
     if torch.compiler.is_compiling():
-        if state.traced is None:
+        if state.run is None:
             raise BackendError("call a quantized model once before it is compiled: that chooses its kernels")
-        run = state.traced
+        run = state.run
         if _compiled_forced not in ("auto", state.backend):
             raise BackendError(
                 f"backend {_compiled_forced!r} was asked for, and the model to compile runs on {state.backend!r}: call "
                 "it once within use_backend before it is compiled"
             )
     else:
-        state.backend, run, state.traced = _linear(spec, x.device, _forced.get())
+        state.backend, run = _linear(spec, x.device, _forced.get())
+        state.run = run
     return run(x, weight, bias, recipe, state)
 
 
 @lru_cache(maxsize=4096)
-def _linear(spec: LinearSpec, device: torch.device, forced: str) -> tuple[str, Any, Any]:
+def _linear(spec: LinearSpec, device: torch.device, forced: str) -> tuple[str, Any]:
     backend = _chosen("linear", spec, device, forced)
-    module = import_module(f"turboquant.kernels.{backend}")
-    return backend, module.linear, getattr(module, "untraced_linear", module.linear)
+    return backend, import_module(f"turboquant.kernels.{backend}").linear
 
 
 def forced() -> str:

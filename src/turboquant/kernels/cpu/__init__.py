@@ -10,7 +10,7 @@ from turboquant.kernels.cpu import linear as _linear
 from turboquant.kernels.cpu.cache import DTYPES, cache_append, cache_attention
 from turboquant.kernels.cpu.head import ROWS as DENSE_ROWS
 from turboquant.kernels.cpu.head import dense
-from turboquant.kernels.cpu.linear import linear, linears, mlp, quantize, untraced_linear
+from turboquant.kernels.cpu.linear import linear, linears, mlp, quantize
 from turboquant.kernels.cpu.rows import gate_quantize, norm_quantize
 from turboquant.kernels.cpu.step import DecoderStep as decoder_step
 
@@ -19,7 +19,6 @@ GRADIENTS = False
 __all__ = [
     "DENSE_ROWS", "DTYPES", "GRADIENTS", "cache_append", "cache_attention", "decoder_step", "dense", "gate_quantize",
     "linear", "linears", "mlp", "norm_quantize", "quantize", "supports",
-    "untraced_linear",
 ]  # fmt: skip
 
 

@@ -61,6 +61,11 @@ def isas() -> tuple[str, ...]:
     return tuple(_native.isas()) if _native is not None else ()
 
 
+# for functions that give native calls addresses of tensors: where torch.compile cuts a function into graphs, what
+# nothing reads afterwards is freed before the call
+native = torch.compiler.disable
+
+
 def isa() -> str:
     """The instruction set in use: TURBOQUANT_CPU_ISA, else the best.
 

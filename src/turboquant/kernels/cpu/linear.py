@@ -101,14 +101,6 @@ def linear(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-@torch.compiler.disable
-def untraced_linear(*args: Any) -> Tensor:
-    """`linear`, into which torch.compile must not look: it would free rows whose addresses the native calls were given.
-
-    Under a name of its own, by which a saved model finds it (`LinearState.traced`)."""
-    return linear(*args)
-
-
 def linears(
     x: Tensor | Coded, pairs: Sequence[product.Pair], recipe: ActivationRecipe, state: LinearState
 ) -> list[Tensor]:

@@ -22,6 +22,7 @@ def _signs(width: int) -> Tensor:
     return signs(width)
 
 
+@cache.native
 def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Rotate each row (the signs of its width, Walsh-Hadamard over aligned blocks) and round it to int8.
 
@@ -49,6 +50,7 @@ def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return filled.codes, filled.unit.view(rows)
 
 
+@cache.native
 def norm_quantize(x: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationRecipe) -> tuple[Tensor, Int8Rows]:
     """Contract in `kernels.fused.norm_quantize`.
 
@@ -64,6 +66,7 @@ def norm_quantize(x: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationR
     return y, rows
 
 
+@cache.native
 def gate_quantize(gate: Tensor, up: Tensor, activation: str, recipe: ActivationRecipe) -> Int8Rows:
     """Contract in `kernels.fused.gate_quantize`.
 
