@@ -74,7 +74,7 @@ def test_buffers_that_do_not_match_are_refused(break_):
 def described(request):
     """Both ways by which the native module learns where a tensor lies."""
     if request.param == "exchange table" and cpu._exchange() is None:
-        pytest.skip("torch before 2.10 has none")
+        pytest.skip("torch before 2.10 has no such table: the module uses methods there, the other case")
     if request.param == "methods":
         cpu._native.use_tensors(torch.Tensor, cpu._KINDS, None)
     yield

@@ -11,7 +11,7 @@ import torch
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     # vLLM for CPUs comes without Triton; `make test-vllm` runs this file by itself, with one for its interpreter
-    pytest.skip("needs a GPU or Triton's interpreter: a run of its own in `make test-vllm`", allow_module_level=True)
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1: `make test-vllm` runs it so by itself", allow_module_level=True)
 
 from block_engine import D, Engine, G, H, expected, in_any_order, near, read_from, stream
 

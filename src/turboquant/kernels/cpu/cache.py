@@ -63,7 +63,7 @@ def isas() -> tuple[str, ...]:
 
 # for functions that give native calls addresses of tensors: where torch.compile cuts a function into graphs, what
 # nothing reads afterwards is freed before the call
-native = torch.compiler.disable
+untraced = torch.compiler.disable
 
 
 def isa() -> str:

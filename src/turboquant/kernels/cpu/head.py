@@ -23,7 +23,7 @@ def refusal(spec: LinearSpec) -> str | None:
     return f"cpu: {spec.inputs} inputs are not made of sixteens" if spec.inputs % 16 else None
 
 
-@cache.native
+@cache.untraced
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + bias.
 

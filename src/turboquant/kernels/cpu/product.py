@@ -80,7 +80,7 @@ def fits(x: Tensor, packed: Packed) -> bool:
     return packed.block >= LEAST_BLOCK and x.dtype in cache.DTYPES
 
 
-@cache.native
+@cache.untraced
 def multiply(packed: Packed, x: Tensor | Int8Rows, dtype: torch.dtype) -> list[Tensor]:
     """Rows (..., K) times each weight: (..., N) in `dtype`. Float rows are rotated and rounded as by
     `rows.quantize_rows`."""
@@ -91,7 +91,7 @@ def multiply(packed: Packed, x: Tensor | Int8Rows, dtype: torch.dtype) -> list[T
     return outs
 
 
-@cache.native
+@cache.untraced
 def mlp(wide: Packed, down: Packed, x: Tensor | Int8Rows, activation: str, dtype: torch.dtype) -> Tensor:
     """down(activation(gate)·up) of rows as for `multiply`, each step rounded to `dtype` as modules round it: (..., N).
 

@@ -22,7 +22,7 @@ def _signs(width: int) -> Tensor:
     return signs(width)
 
 
-@cache.native
+@cache.untraced
 def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Rotate each row (the signs of its width, Walsh-Hadamard over aligned blocks) and round it to int8.
 
@@ -50,7 +50,7 @@ def quantize_rows(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return filled.codes, filled.unit.view(rows)
 
 
-@cache.native
+@cache.untraced
 def norm_quantize(x: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationRecipe) -> tuple[Tensor, Int8Rows]:
     """Contract in `kernels.fused.norm_quantize`.
 
@@ -66,7 +66,7 @@ def norm_quantize(x: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationR
     return y, rows
 
 
-@cache.native
+@cache.untraced
 def gate_quantize(gate: Tensor, up: Tensor, activation: str, recipe: ActivationRecipe) -> Int8Rows:
     """Contract in `kernels.fused.gate_quantize`.
 

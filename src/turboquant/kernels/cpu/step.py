@@ -50,7 +50,7 @@ class DecoderStep:
             cache.DTYPES[dtype],
         )
 
-    @cache.native
+    @cache.untraced
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, q, k and v, rotary embedding of q and k.
 
@@ -78,7 +78,7 @@ class DecoderStep:
             out.as_strided((b, nv // d, n, d), steps, nq + nk),
         )
 
-    @cache.native
+    @cache.untraced
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         """y = x + o(attended), and y + MLP(norm(y)): (B, n, K).
 

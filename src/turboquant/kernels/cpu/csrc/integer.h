@@ -176,14 +176,6 @@ TQ_INLINE void product(const Product& p, int rows, Keep keep) {
   }
 }
 
-#define TQ_BY_BITS(bits, CALL)  \
-  switch (bits) {               \
-    case 2: CALL(2); break;     \
-    case 3: CALL(3); break;     \
-    case 4: CALL(4); break;     \
-    default: CALL(8);           \
-  }
-
 static void key_tile_of(const Spec& p, const uint8_t* codes, uint8_t* tile) {
   const __m512i table = level_table<false>(p.key_bits, p.key_bytes);
 #define TQ_CALL(B) key_groups<B>(codes, p.key_row, p.page, p.d, table, tile)

@@ -110,14 +110,6 @@ static void value_quads(const Spec& s, const uint8_t* codes, const LevelTable& t
   }
 }
 
-#define TQ_BY_BITS(bits, CALL)  \
-  switch (bits) {               \
-    case 2: CALL(2); break;     \
-    case 3: CALL(3); break;     \
-    case 4: CALL(4); break;     \
-    default: CALL(8);           \
-  }
-
 static void key_tile_of(const Spec& s, const uint8_t* codes, int8_t* tile) {
   const LevelTable table(s.key_bits, s.key_bytes);
 #define TQ_CALL(B) key_quads<B>(s, codes, table, tile)

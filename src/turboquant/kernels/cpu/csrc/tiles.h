@@ -4,6 +4,15 @@
 #include "rows.h"
 #include "spec.h"
 
+// CALL with the bits of a code as a constant
+#define TQ_BY_BITS(bits, CALL)  \
+  switch (bits) {               \
+    case 2: CALL(2); break;     \
+    case 3: CALL(3); break;     \
+    case 4: CALL(4); break;     \
+    default: CALL(8);           \
+  }
+
 namespace tq {
 namespace TQ_ISA {
 
