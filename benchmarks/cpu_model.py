@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 COLUMNS = ["op", "cache", "context", "ms", "growth_ms", "tokens_per_s", "cache_bytes", "rss_mb"]
@@ -157,19 +158,16 @@ def prefill_rows(model: Any, tokens: int, rounds: int, recipe: str) -> list[dict
     from turboquant.kernels.cpu import cache as cpu
 
     seconds: list[float] = []
-    append = cpu._native.append
+    native = cpu._native
 
-    class Timed:
-        attention, isa = cpu._native.attention, cpu._native.isa
+    def append(*args: Any) -> bool:
+        start = time.perf_counter()
+        done = native.append(*args)
+        seconds.append(time.perf_counter() - start)
+        return bool(done)
 
-        @staticmethod
-        def append(*args: Any) -> bool:
-            start = time.perf_counter()
-            done = append(*args)
-            seconds.append(time.perf_counter() - start)
-            return bool(done)
-
-    native, cpu._native = cpu._native, Timed  # type: ignore[assignment]
+    all_ = {name: getattr(native, name) for name in dir(native) if not name.startswith("_")}
+    cpu._native = SimpleNamespace(**all_ | {"append": append})
     whole, encode, size = [], [], 0
     for _ in range(rounds):
         seconds.clear()
