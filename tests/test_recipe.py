@@ -165,8 +165,8 @@ def test_linear_examples_parse_to_themselves(text):
 
 
 def test_products_and_their_parts():
-    got = parse_recipe("w8a4k4v3:ring=64,group=64,ahot=8,freeze=100,head=8,clip=0")
-    assert got.weights == WeightRecipe(8, group=64, head=8, clip=0) and got.weights.stages == 2
+    got = parse_recipe("w8a4k4v3:ring=64,group=64,ahot=8,freeze=100,head=8,embed=8,clip=0")
+    assert got.weights == WeightRecipe(8, group=64, head=8, embed=8, clip=0) and got.weights.stages == 2
     assert got.activations == ActivationRecipe(4, ahot=8, freeze=100)
     assert got.kv == KVRecipe(4, 3, ring=64)
     assert parse_recipe(got.name) == got

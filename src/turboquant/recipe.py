@@ -122,13 +122,14 @@ class WeightRecipe:
             does not divide gets the largest power of two that divides both (`group_of`).
         clip: 1 to search the range of each 4-bit group for the smallest squared error, 0 for minimum and maximum, -1 to
             search where the weight is rotated, that is, where inputs are quantized too (`clips`).
-        head: also the output embeddings, in 8 bit (8) or not at all (0).
+        head, embed: also the output and the input embeddings, in 8 bit (8) or not at all (0).
     """
 
     bits: int = 4
     group: int = 128
     clip: int = -1
     head: int = 0
+    embed: int = 0
 
     def __post_init__(self) -> None:
         _need(self, self.bits in LINEAR_BITS, "bits", f"one of {LINEAR_BITS}")
@@ -136,6 +137,7 @@ class WeightRecipe:
         _need(self, self.group == 0 or (16 <= self.group <= 512 and power), "group", "0 or a power of two, 16 to 512")
         _need(self, self.clip in (-1, 0, 1), "clip", "0, 1 or -1 for the default")
         _need(self, self.head in (0, 8), "head", "0 or 8")
+        _need(self, self.embed in (0, 8), "embed", "0 or 8")
 
     @property
     def stages(self) -> int:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from turboquant import TurboQuantCache, TurboQuantConfig
 from turboquant.integrations.transformers import quantize
+from turboquant.layers.embedding import QuantEmbedding, row_factor
 from turboquant.layers.fused import DenseHead
 from turboquant.layers.linear import QuantExperts, QuantLinear
 from turboquant.layers.moments import FeedbackError, moments_without_data
@@ -173,6 +174,49 @@ def test_output_embeddings(tied, saved, tmp_path, ids):
         )
 
 
+@pytest.mark.parametrize("kind, tied", [("llama-gqa", False), ("llama-gqa", True), ("gemma3", True)])
+def test_input_embeddings(kind, tied, saved, tmp_path, ids):
+    """Rows as the packed weight decodes, times what the model's own embeddings multiply them by; saved, given back."""
+    model, folder = saved(kind, tie_word_embeddings=tied)
+    q = load(folder, "w8a8:head=8,embed=8")
+    own, new = model.get_input_embeddings(), q.get_input_embeddings()
+    assert isinstance(new, QuantEmbedding) and isinstance(q.lm_head, QuantLinear)
+    assert new.factor == pytest.approx(model.config.hidden_size**0.5 if kind == "gemma3" else 1.0)
+    want = torch.nn.functional.embedding(ids, new.slot.dequantized()) * new.factor
+    assert torch.equal(new(ids), want) and 0 < relative(want, own(ids)) < 0.01
+    assert relative(logits(q, ids), logits(model, ids)) < 0.2
+    q.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", attn_implementation="eager")
+    assert torch.equal(logits(again, ids), logits(q, ids))
+    want = logits(q, ids)
+    q.dequantize()
+    back = q.get_input_embeddings()
+    assert type(back) is type(own) and torch.equal(back(ids), new(ids)) and relative(logits(q, ids), want) < 0.2
+
+
+def test_input_embeddings_in_a_narrow_dtype(saved, ids):
+    """Gemma rounds its factor to the dtype of the embeddings before it multiplies."""
+    _, folder = saved("gemma3", tie_word_embeddings=False)
+    q = load(folder, "w8:embed=8").to(torch.bfloat16)
+    new = q.get_input_embeddings()
+    rows = torch.nn.functional.embedding(ids, new.slot.dequantized().bfloat16())
+    assert new(ids).dtype == torch.bfloat16 and torch.equal(new(ids), rows * torch.tensor(new.factor).bfloat16())
+    assert float(torch.tensor(new.factor).bfloat16()) != new.factor
+
+
+def test_input_embeddings_that_cannot_be_packed(saved):
+    _, folder = saved("llama-gqa", tie_word_embeddings=True)
+    with pytest.raises(RecipeError, match="one weight, so embed=8 saves nothing without head=8"):
+        load(folder, "w8:embed=8")
+
+    class Hashed(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) + ids[..., None]
+
+    with pytest.raises(RecipeError, match="Hashed do more than look up rows"):
+        row_factor(Hashed(8, 16))
+
+
 def test_modules_and_overrides(saved, tmp_path, ids):
     _, folder = saved("llama-gqa")
     overrides = {r"layers\.0\..*down_proj": "w8a8", r"v_proj": "none"}
@@ -306,6 +350,7 @@ def test_overrides_that_decide_nothing_warn(saved):
     silent = {"layers.0": "none", "q_proj": "w8a8"}
     for overrides, words in (
         (silent | {"lm_head": "w8"}, "'lm_head' decides nothing: it names the output embeddings"),
+        (silent | {"embed_tokens": "w8"}, "'embed_tokens' decides nothing: it names the input embeddings"),
         (silent | {"norm": "w8"}, "'norm' decides nothing: it fits no linear layer"),
         ({"proj": "w8", "q_proj": "w4"}, "'q_proj' decides nothing: it fits no linear layer that another"),
     ):

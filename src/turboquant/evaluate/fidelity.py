@@ -25,7 +25,7 @@ from turboquant.evaluate.linear import LINEAR_BASELINES, LinearBaseline, linear_
 from turboquant.evaluate.results import Rows, finite
 from turboquant.evaluate.texts import digest, read_texts, windows
 from turboquant.kernels.ops import choose, explain, use_backend
-from turboquant.layers.convert import Quantized
+from turboquant.layers.linear import QuantExperts, QuantLinear
 from turboquant.recipe import Recipe, RecipeError, parse_recipe
 
 BASE = "base"
@@ -275,7 +275,8 @@ def _linear_facts(model: Any, s: Scheme, device: torch.device) -> dict[str, Any]
 
 def linear_kernels(model: Any, device: torch.device) -> str:
     """Kernels of the quantized layers that a model has now, "" if it has none."""
-    specs = {slot.spec(model.dtype) for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()}
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear | QuantExperts)]
+    specs = {slot.spec(model.dtype) for m in layers for slot in m.slots.values()}
     return ", ".join(sorted({choose("linear", spec, device)[0] for spec in specs}))
 
 

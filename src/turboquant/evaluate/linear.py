@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from turboquant.evaluate.errors import EvaluateError
 from turboquant.evaluate.texts import read_texts, windows
 from turboquant.layers.convert import Plan, Quantized, experts_products, quantized
+from turboquant.layers.linear import QuantExperts, QuantLinear
 from turboquant.layers.moments import Progress, moments_of
 from turboquant.recipe import Recipe, parse_recipe
 
@@ -171,7 +172,7 @@ def linear_bits(model: Any, s: Any) -> dict[str, float]:
     weights = activations = inputs = count = 0.0
     head, whole = model.get_output_embeddings(), model.dtype.itemsize * 8.0
     for m in model.modules():
-        if isinstance(m, Quantized):
+        if isinstance(m, QuantLinear | QuantExperts):
             for slot in m.slots.values():
                 *_, n, k = slot.shape
                 numbers, r = n * k * (slot.shape[0] if len(slot.shape) == 3 else 1), slot.recipe

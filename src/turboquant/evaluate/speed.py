@@ -15,6 +15,7 @@ from turboquant.evaluate.fidelity import BASE, linear_kernels, scheme, scheme_na
 from turboquant.evaluate.linear import LinearBaseline, linear_scheme
 from turboquant.kernels.ops import explain
 from turboquant.layers.convert import Quantized
+from turboquant.layers.embedding import QuantEmbedding
 from turboquant.recipe import Recipe
 
 
@@ -94,8 +95,9 @@ def _time(model: Any, s: Any, ids: torch.Tensor, new: int, repeats: int, progres
     slots = [slot for m in model.modules() if isinstance(m, Quantized) for slot in m.slots.values()]
     own = {id(t) for slot in slots for t in (*slot.module.buffers(), getattr(slot.module, slot.name))}
     weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if id(t) not in own}
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    untied = head is None or getattr(head, "weight", None) is not embedding
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    untied = head is None or getattr(head, "weight", None) is not inputs.weight
+    looked_up = inputs.slot.packed().nbytes if isinstance(inputs, QuantEmbedding) else inputs.weight.nbytes
     held, moved = (
         sum(weights.values()) + sum(slot.nbytes(ids.device, read) for slot in slots) for read in (False, True)
     )
@@ -114,7 +116,7 @@ def _time(model: Any, s: Any, ids: torch.Tensor, new: int, repeats: int, progres
         "decode_tokens_per_second": b / statistics.median(decode),
         "weight_bytes": held,
         "cache_bytes": kept,
-        "moved_bytes": moved - (embedding.nbytes if untied else 0) + kept,
+        "moved_bytes": moved - (looked_up if untied else 0) + kept,
         "linear_kernel": linear_kernels(model, ids.device) or "torch",
         "cache_kernel": ", ".join(sorted(kernels)),
     }

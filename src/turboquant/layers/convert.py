@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from turboquant.kernels.fused import NormRule
 from turboquant.kernels.linear import Shared
+from turboquant.layers.embedding import QuantEmbedding
 from turboquant.layers.fused import fuse, norm_before, norm_rule, unfuse
 from turboquant.layers.linear import QuantExperts, QuantLinear
 from turboquant.recipe import Recipe, RecipeError, parse_recipe
 
-Quantized = QuantLinear | QuantExperts
+Quantized = QuantLinear | QuantExperts | QuantEmbedding
 PRODUCTS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))  # of stacks of experts, as transformers names them
 
 
@@ -75,37 +76,47 @@ def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = (), head: n
 
     Args:
         asked: of `plan.skip`, those that the user gave.
-        head: the output embeddings, which an override decides only by head=8 or against it.
+        head: the output embeddings, which an override decides only by head=8 or against it (as it does input embeddings
+            only by embed=8).
 
     Raises:
         RecipeError: one that fits none.
     """
     names = [n for n, _ in model.named_modules()]
+    ends: dict[nn.Module | None, str] = {_inputs(model): "embed", head: "head"}
     for skip in asked:
         if not any(_is(n, skip) for n in names):
             raise RecipeError(f"{skip!r}, to be left as it is, names no module of this model")
     for pattern, recipe in plan.overrides.items():
         if not any(re.search(pattern, n) for n in names):
             raise RecipeError(f"the override {pattern!r} fits no module of this model")
-        if not any(_decides(plan, pattern, recipe, n, m is head) for n, m in model.named_modules() if _layer(m)):
-            why = "names the output embeddings alone, which stay as they are without head=8"
-            if not any(m is head and re.search(pattern, n) for n, m in model.named_modules()):
-                why = "fits no linear layer that another override or modules_to_not_convert leaves to it"
+        if not any(_decides(plan, pattern, recipe, n, ends.get(m)) for n, m in model.named_modules() if _layer(m)):
+            named = {end for n, m in model.named_modules() if re.search(pattern, n) and (end := ends.get(m))}
+            why = "fits no linear layer that another override or modules_to_not_convert leaves to it"
+            if named:
+                words = {"head": "output embeddings", "embed": "input embeddings"}
+                why = " and ".join(f"names the {words[e]} alone, which stay as they are without {e}=8" for e in named)
             warnings.warn(f"the override {pattern!r} decides nothing: it {why}", stacklevel=3)
 
 
 def _layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Quantized) or experts_products(module) is not None
+    return isinstance(module, nn.Linear | nn.Embedding | Quantized) or experts_products(module) is not None
 
 
-def _decides(plan: Plan, pattern: str, recipe: str, name: str, is_head: bool) -> bool:
+def _inputs(model: nn.Module) -> nn.Module | None:
+    """The input embeddings of a model of transformers, None if it has none."""
+    get = getattr(model, "get_input_embeddings", None)
+    return get() if get else None
+
+
+def _decides(plan: Plan, pattern: str, recipe: str, name: str, end: str | None) -> bool:
     """Whether of all overrides it is this one that says what becomes of a layer."""
     if plan.skips(name) or next((p for p in plan.overrides if re.search(p, name)), None) != pattern:
         return False
-    if not is_head:
+    if end is None:
         return True
     asked = plan.recipe if recipe == "none" else parse_recipe(recipe)
-    return asked.weights is not None and asked.weights.head > 0
+    return asked.weights is not None and getattr(asked.weights, end) > 0
 
 
 def experts_products(module: nn.Module) -> tuple[str, str] | None:
@@ -118,7 +129,7 @@ def experts_products(module: nn.Module) -> tuple[str, str] | None:
 
 
 def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iterator[tuple[str, nn.Module, Recipe]]:
-    """Modules to quantize: (name, module, recipe).
+    """Modules to quantize: (name, module, recipe); of embeddings only the model's input ones, and those with embed=8.
 
     Args:
         head: the output embeddings, which stay as they are unless the recipe has head=8.
@@ -127,10 +138,15 @@ def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iter
         RecipeError: a stack of weights that this library does not know (it would be skipped silently otherwise), or a
             layer that cannot be packed.
     """
+    inputs = _inputs(model)
     for name, module in model.named_modules():
         if isinstance(module, Quantized):
             continue
-        if module is head:
+        if isinstance(module, nn.Embedding):
+            recipe = plan.of(name)
+            if module is inputs and recipe is not None and recipe.weights and recipe.weights.embed:
+                yield name, module, _eight_bit(recipe)
+        elif module is head:
             recipe = plan.of(name)
             if isinstance(module, nn.Linear) and recipe is not None and recipe.weights and recipe.weights.head:
                 yield name, module, head_recipe(recipe)
@@ -159,20 +175,27 @@ def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iter
 
 def head_recipe(recipe: Recipe) -> Recipe:
     """Output embeddings asked for with head=8: two stages, their input in 8 bit if that of the layers is."""
-    assert recipe.weights is not None
     a = recipe.activations
-    return Recipe(weights=replace(recipe.weights, bits=8, head=0), activations=a if a and a.bits == 8 else None)
+    return replace(_eight_bit(recipe), activations=a if a and a.bits == 8 else None)
+
+
+def _eight_bit(recipe: Recipe) -> Recipe:
+    """Two stages, and nothing but weights."""
+    assert recipe.weights is not None
+    return Recipe(weights=replace(recipe.weights, bits=8, head=0, embed=0))
 
 
 def shell(
     module: nn.Module, recipe: Recipe, shared: Shared | None = None, device: Any = None, like: torch.dtype | None = None
 ) -> Quantized:
-    """An empty quantized module for a linear layer or a stack of experts; biases are taken over as they are.
+    """An empty quantized module for a linear layer, embeddings or a stack of experts; biases are taken over.
 
     Args:
         device: of its buffers; by default where the module is.
         like: see `Slot`.
     """
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding(module, recipe, device, like).eval()
     if isinstance(module, nn.Linear):
         w = module.weight
         out = QuantLinear(
@@ -316,5 +339,5 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None
             if module.bias is not None:
                 new.bias.data = module.bias.data.to(w.dtype)
             _put(model, name, new.eval())
-        elif isinstance(module, QuantExperts):
+        elif isinstance(module, QuantExperts | QuantEmbedding):
             _put(model, name, module.dequantized(dtype or torch.float32))

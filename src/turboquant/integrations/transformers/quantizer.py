@@ -15,6 +15,7 @@ from turboquant.integrations.transformers.config import TurboQuantConfig, attach
 from turboquant.integrations.transformers.decoder import fuse_decoders
 from turboquant.kernels.linear import Shared
 from turboquant.layers.convert import (
+    Plan,
     Quantized,
     check_names,
     dequantize_model,
@@ -26,7 +27,7 @@ from turboquant.layers.convert import (
 from turboquant.layers.fused import fuse
 from turboquant.layers.moments import moments_without_data
 from turboquant.packed.checkpoint import CheckpointError, check
-from turboquant.recipe import parse_recipe
+from turboquant.recipe import RecipeError, parse_recipe
 
 
 class Quantize(ConversionOps):
@@ -67,16 +68,17 @@ class TurboQuantizer(HfQuantizer):
     ) -> Any:
         plan = self.quantization_config.plan()
         head = _head(model)
-        tied = bool(getattr(model, "all_tied_weights_keys", None))
+        tied = _tied(model)
         fresh = not self.pre_quantized
         if fresh:
             check_names(model, plan, self.quantization_config.modules_to_not_convert, head)
+            _check_ends(model, plan, head)
             if self.quantization_config.feedback:
                 list(targets(model, plan, head))  # refuses now what it cannot pack
                 return model  # as it is, for it has to run first: see _process_model_after_weight_loading
         for name, module, recipe in list(targets(model, plan, head)):
-            if module is head and tied:
-                continue  # its weight is the input embeddings': see _process_model_after_weight_loading
+            if tied and _is_end(module, head):
+                continue  # one weight for both ends: see _process_model_after_weight_loading
             self._replace(model, name, module, recipe, fresh)
         if self.pre_quantized and checkpoint_files:
             self._check(model, checkpoint_files)
@@ -124,7 +126,7 @@ class TurboQuantizer(HfQuantizer):
             raise CheckpointError(f"the checkpoint has no tensor for {empty[0]!r}: it stays unquantized and empty")
         head = _head(model)
         plan = self.quantization_config.plan()
-        todo = [(n, m) for n, m, _ in targets(model, plan, head) if m is head]
+        todo = [n for n, m, _ in targets(model, plan, head) if _is_end(m, head)]
         if todo and not self.pre_quantized:
             untie(model)
             quantize_model(model, plan, head)
@@ -198,6 +200,7 @@ def quantize(
     """
     config = config if isinstance(config, TurboQuantConfig) else TurboQuantConfig(config)
     check_names(model, config.plan(), config.modules_to_not_convert, _head(model))
+    _check_ends(model, config.plan(), _head(model))
     list(targets(model, config.plan(), _head(model)))  # refuses now what it cannot pack
     if callable(moments):
         moments = moments()
@@ -216,12 +219,33 @@ def _quantize_loaded(
 ) -> tuple[list[dict[str, Any]], Any]:
     """Rows of `quantize_model`, and the handle of the cache."""
     plan, recipe, head = config.plan(), parse_recipe(config.recipe), _head(model)
-    if any(m is head for _, m, _ in list(targets(model, plan, head))) and getattr(model, "all_tied_weights_keys", None):
+    if _tied(model) and any(_is_end(m, head) for _, m, _ in list(targets(model, plan, head))):
         untie(model)
     rows = quantize_model(model, plan, head, moments, progress)
     fuse_decoders(model)
     model._weight_conversions = []  # the saved names are the modules' own
     return rows, attach(model, recipe) if recipe.kv is not None else None
+
+
+def _tied(model: Any) -> bool:
+    """Whether input and output embeddings, or other parts, share a weight."""
+    return bool(getattr(model, "all_tied_weights_keys", None))
+
+
+def _is_end(module: Any, head: Any) -> bool:
+    return module is head or isinstance(module, torch.nn.Embedding)
+
+
+def _check_ends(model: Any, plan: Plan, head: Any) -> None:
+    """Raises:
+    RecipeError: embed=8 would leave a 16-bit copy of the same weight as output embeddings.
+    """
+    ends = [m for _, m, _ in targets(model, plan, head) if _is_end(m, head)]
+    if ends and head not in ends and _tied(model):
+        raise RecipeError(
+            f"{plan.recipe.name!r}: this model's input and output embeddings are one weight, so embed=8 saves nothing "
+            "without head=8"
+        )
 
 
 def _head(model: Any) -> Any:

@@ -65,8 +65,9 @@ class TurboQuantVllmConfig(QuantizationConfig):
         self.kv_overrides = dict(kv_overrides or {})
         check_overrides("kv_overrides", self.kv_overrides, "kv", "cache")
         for r in (self.recipe, *(parse_recipe(r) for r in self.plan.overrides.values() if r != "none")):
-            if r.weights is not None and r.weights.head:
-                raise RecipeError(f"{r.name!r} is not served by vLLM: head=8 (output embeddings); leave it out")
+            if r.weights is not None and (r.weights.head or r.weights.embed):
+                end = "head=8 (output embeddings)" if r.weights.head else "embed=8 (input embeddings)"
+                raise RecipeError(f"{r.name!r} is not served by vLLM: {end}; leave it out")
         metrics.prepare()
 
     @staticmethod

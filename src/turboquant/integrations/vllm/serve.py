@@ -48,9 +48,9 @@ def command(
         raise ServeError(f"model {model!r}: no such folder")
     parsed = parse_recipe(recipe or stored or DEFAULT)
     name = parsed.name
-    if parsed.weights is not None and parsed.weights.head:
+    if parsed.weights is not None and (parsed.weights.head or parsed.weights.embed):
         raise ServeError(
-            f"{name!r}: output embeddings in 8 bit (head=8) are not served by vLLM: quantize without head=8"
+            f"{name!r}: embeddings in 8 bit (head=8, embed=8) are not served by vLLM: quantize without these options"
         )
     for arg in extra:
         if arg.split("=")[0] in ("--hf-overrides", "--quantization", "-q", "--model"):
