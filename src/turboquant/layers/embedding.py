@@ -23,7 +23,7 @@ def row_factor(module: nn.Embedding) -> float:
 
 def _row_factor(module: nn.Embedding) -> float:
     kind, probe = type(module).__name__, module.__new__(type(module))
-    probe.__dict__.update(module.__dict__)
+    probe.__dict__.update(module.__dict__, padding_idx=None)
     probe._parameters = {"weight": nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 4.0]]), requires_grad=False)}
     probe._buffers = {n: None if b is None or b.is_meta else b.cpu() for n, b in module._buffers.items()}
     for name, value in vars(module).items():  # such a factor is a number beside its buffer, which may be on meta

@@ -3,12 +3,13 @@
 8 bit: rotate (signs and block Walsh-Hadamard; the weights are rotated offline, so products are unchanged), then one
 scale a token: x ≈ Rᵀ(unit · code). A few large channels, which make int8 per token lossy, are spread over their block.
 
-4 bit: the few channels with the largest σ_x·‖W_:,c‖ (`HotTracker`) are taken out as int8 of x/σ. The rest is rotated
-and rounded to 16 steps in groups: x ≈ unit · step · (code - zero), where step and zero are whole and fit in one byte.
+4 bit: the few channels with the largest σ_x·‖W_:,c‖ (`HotTracker`) are taken out. The rest is rotated and rounded to 16
+steps in groups: x ≈ unit · step · (code - zero), where step and zero are whole and fit in one byte. Turned back, its
+rounding errors are in the hot channels too; what these lack then is stored as int8 of x/σ.
 The 4-bit payload unpacks exactly to int8, so an int8 product serves it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class Int4Rows:
         codes: (..., K) uint8 below 16.
         step: (..., K/g) uint8 from 1 to 16, in units; zero: (..., K/g) uint8 below 16, a code.
         unit: (..., 1) fp32.
-        hot: (..., h) int8 of x/σ over the hot channels; hot_unit: (..., 1) fp32.
+        hot: (..., h) int8 of x/σ over the hot channels, less what the codes decode to there; hot_unit: (..., 1) fp32.
     """
 
     codes: Tensor
@@ -82,12 +83,7 @@ def encode_int4(x: Tensor, group: int, hot: Tensor, sigma: Tensor) -> Int4Rows:
         sigma: (h,) fp32, their scales.
     """
     x = x.float()
-    if len(hot):
-        hot_codes, hot_unit = _int8(x[..., hot] / sigma)
-        x = x.index_fill(-1, hot, 0.0)
-    else:
-        hot_codes, hot_unit = x[..., :0].to(torch.int8), torch.ones_like(x[..., :1])
-    y = rotate(x)
+    y = rotate(x.index_fill(-1, hot, 0.0))
     unit = _unit(y)
     g = (y / unit).nan_to_num(0.0).unflatten(-1, (-1, group))
     low, high = g.amin(-1, keepdim=True).clamp_max(0), g.amax(-1, keepdim=True).clamp_min(0)
@@ -103,15 +99,14 @@ def encode_int4(x: Tensor, group: int, hot: Tensor, sigma: Tensor) -> Int4Rows:
         better = error < best
         best = torch.where(better, error, best)
         out = [torch.where(better, new, old) for new, old in zip((step, zero, level + zero), out, strict=True)]
-    step, zero, codes = out
-    return Int4Rows(
-        codes.flatten(-2).to(torch.uint8),
-        step.squeeze(-1).to(torch.uint8),
-        zero.squeeze(-1).to(torch.uint8),
-        unit,
-        hot_codes,
-        hot_unit,
-    )
+    step, zero, codes = (t.to(torch.uint8) for t in out)
+    none = x[..., :0].to(torch.int8), torch.ones_like(unit)
+    rows = Int4Rows(codes.flatten(-2), step.squeeze(-1), zero.squeeze(-1), unit, *none)
+    if not len(hot):
+        return rows
+    noise = unrotate(rows.int8().float() * unit)[..., hot]
+    hot_codes, hot_unit = _int8((x[..., hot] - noise) / sigma)
+    return replace(rows, hot=hot_codes, hot_unit=hot_unit)
 
 
 def decode_int4(rows: Int4Rows, hot: Tensor, sigma: Tensor) -> Tensor:
