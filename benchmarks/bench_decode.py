@@ -30,7 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from turboquant.kernels import ops
 from turboquant.kernels.fused import NormRule
 from turboquant.kernels.linear import Shared
-from turboquant.layers.convert import head_recipe
+from turboquant.layers.convert import eight_bit, head_recipe
+from turboquant.layers.embedding import QuantEmbedding
 from turboquant.layers.fused import FusedMLP, FusedNorm, GateRule
 from turboquant.layers.linear import QuantLinear
 from turboquant.packed.buffers import CacheBuffers
@@ -188,6 +189,14 @@ class Model:
         like = bench_cache.filled(layout, batch, tokens, self.s.h, BF16, self.s.device)
         return [PackedCache(like, layout) for _ in self.layers]
 
+    def embedding_bytes(self) -> int:
+        """Of the input embeddings: in 16 bit, or packed."""
+        s, w = self.s, self.recipe.weights
+        if w is None or not w.embed:
+            return s.vocabulary * s.width * 2
+        recipe = eight_bit(self.recipe)
+        return QuantEmbedding(nn.Embedding(s.vocabulary, s.width, device="meta"), recipe).slot.packed().nbytes
+
     def time(self, batch: int, tokens: int, replays: int) -> dict[str, Any]:
         """Milliseconds and tokens/s of a step, and bytes."""
         s, x = self.s, torch.randn(batch, self.s.width, device=self.s.device, dtype=BF16)
@@ -200,7 +209,7 @@ class Model:
             return self.head(y).argmax(-1)
 
         ms = bench_cache.median_ms([step], replays) if s.device == "cuda" else _once_ms(step)
-        cache, embedding = sum(c.nbytes() for c in caches), s.vocabulary * s.width * 2
+        cache, embedding = sum(c.nbytes() for c in caches), self.embedding_bytes()
         kernels = {ops.choose("linear", m.slot.spec(BF16), x.device)[0] for m in self.all.modules()
                    if isinstance(m, QuantLinear)}  # fmt: skip
         return {

@@ -82,7 +82,8 @@ def test_hot_channels_are_kept_in_eight_bit():
     sigma = x[:, hot].square().mean(0).sqrt()
     rows = encode_int4(x, 32, hot, sigma)
     got = decode_int4(rows, hot, sigma)
-    assert relative(got[:, hot], x[:, hot]) < 0.02
+    off = (got - x)[:, hot].abs()  # by half a step of 8 bit: rounding errors of the rest, turned back, are made up for
+    assert (off <= rows.hot_unit * sigma * 0.501).all()
     assert relative(got, x) < 0.3 * relative(decode_int4(encode_int4(x, 32, NONE, sigma[:0]), NONE, sigma[:0]), x)
     cold = torch.ones(256, dtype=torch.bool)
     cold[hot] = False

@@ -145,7 +145,7 @@ def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iter
         if isinstance(module, nn.Embedding):
             recipe = plan.of(name)
             if module is inputs and recipe is not None and recipe.weights and recipe.weights.embed:
-                yield name, module, _eight_bit(recipe)
+                yield name, module, eight_bit(recipe)
         elif module is head:
             recipe = plan.of(name)
             if isinstance(module, nn.Linear) and recipe is not None and recipe.weights and recipe.weights.head:
@@ -176,10 +176,10 @@ def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iter
 def head_recipe(recipe: Recipe) -> Recipe:
     """Output embeddings asked for with head=8: two stages, their input in 8 bit if that of the layers is."""
     a = recipe.activations
-    return replace(_eight_bit(recipe), activations=a if a and a.bits == 8 else None)
+    return replace(eight_bit(recipe), activations=a if a and a.bits == 8 else None)
 
 
-def _eight_bit(recipe: Recipe) -> Recipe:
+def eight_bit(recipe: Recipe) -> Recipe:
     """Two stages, and nothing but weights."""
     assert recipe.weights is not None
     return Recipe(weights=replace(recipe.weights, bits=8, head=0, embed=0))
