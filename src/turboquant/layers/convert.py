@@ -1,6 +1,7 @@
 """Which modules of a model are quantized, and putting quantized ones in their place."""
 
 import copy
+import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,10 +87,10 @@ def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = (), head: n
     ends: dict[nn.Module | None, str] = {_inputs(model): "embed", head: "head"}
     for skip in asked:
         if not any(_is(n, skip) for n in names):
-            raise RecipeError(f"{skip!r}, to be left as it is, names no module of this model")
+            raise RecipeError(f"{skip!r}, to be left as it is, names no module of this model{_such_as(model, skip)}")
     for pattern, recipe in plan.overrides.items():
         if not any(re.search(pattern, n) for n in names):
-            raise RecipeError(f"the override {pattern!r} fits no module of this model")
+            raise RecipeError(f"the override {pattern!r} fits no module of this model{_such_as(model, pattern)}")
         if not any(_decides(plan, pattern, recipe, n, ends.get(m)) for n, m in model.named_modules() if _layer(m)):
             named = {end for n, m in model.named_modules() if re.search(pattern, n) and (end := ends.get(m))}
             why = "fits no linear layer that another override or modules_to_not_convert leaves to it"
@@ -97,6 +98,15 @@ def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = (), head: n
                 words = {"head": "output embeddings", "embed": "input embeddings"}
                 why = " and ".join(f"names the {words[e]} alone, which stay as they are without {e}=8" for e in named)
             warnings.warn(f"the override {pattern!r} decides nothing: it {why}", stacklevel=3)
+
+
+def _such_as(model: nn.Module, asked: str) -> str:
+    """Names of layers that may have been meant, for a message."""
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Quantized)]
+    last = sorted({n.rpartition(".")[2] for n in names})
+    near = difflib.get_close_matches(asked.rpartition(".")[2], last, n=1, cutoff=0.5)
+    shown = [next(n for n in names if n.endswith(near[0]))] if near else names[:1]
+    return f"; its layers have names such as {shown[0]!r}" if shown else ""
 
 
 def _layer(module: nn.Module) -> bool:
