@@ -51,6 +51,8 @@ CASES = [
     Case(lengths=(191, 192, 193, 195, 196, 255, 256, 319), n=4),
     Case(lengths=(3000, 5, 129)),
     Case(lengths=tuple(range(40, 2000, 47)), hq=4, h=1, d=64),
+    Case(lengths=(700,), hq=32, h=8),
+    Case(lengths=(900,) * 32, hq=32, h=8),
     *(Case(window=w, n=n) for w in (1, 50, 128, 130, 300, 650) for n in (1, 4)),
     Case(softcap=3.0),
     Case(softcap=5.0, extra=True, window=300, scaling=0.3, n=3),
@@ -210,14 +212,16 @@ def test_the_source_on_the_cpu_is_within_twice_the_error_of_plain_torch(case, to
     check(case, tokens, monkeypatch, "cpu")
 
 
-@pytest.mark.parametrize("emulated", [(1, 16), (5, 1), (7, 8), (3, 4)], indirect=True, ids=str)
-@pytest.mark.parametrize("lengths", [(700, 333), (0, 1, 63, 64, 65, 127, 128)], ids=str)
+@pytest.mark.parametrize("emulated", [(1, 16), (5, 1), (7, 8), (3, 4), (4, 16)], indirect=True, ids=str)
+@pytest.mark.parametrize("lengths", [(700, 333), (0, 1, 63, 64, 65, 127, 128), (60, 60)], ids=str)
 def test_so_it_is_however_the_work_is_cut(lengths, tokens, monkeypatch, emulated):
-    """Of one block and of many, whose shares are many KV heads or parts of one."""
+    """Of one block and of many, whose shares are many KV heads or parts of one; of equal lengths whole ones."""
     check(Case(lengths=lengths, d=64, n=2, hq=4, h=2, extra=True), tokens, monkeypatch, "cpu")
 
 
-@pytest.mark.parametrize("case", [Case(n=3, hq=16, lengths=(260,), dtype=F16)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(n=3, hq=16, lengths=(260,), dtype=F16), Case(n=2, hq=4, h=1, lengths=(260,))], ids=str
+)
 def test_rows_of_a_verify_step_have_the_bits_of_single_steps_on_the_cpu(case, tokens, emulated):
     compare_rows(case, tokens, "cpu")
 

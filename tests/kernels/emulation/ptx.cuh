@@ -193,11 +193,12 @@ static u32 prmt(u32 a, u32 b, u32 selector) {
   return out;
 }
 static u32 low_nibbles_of(u32 a, u32 b) { return (a & 0x0F0F0F0Fu) | (b & 0xF0F0F0F0u); }
+static u32 mad(u32 a, u32 b, u32 c) { return a * b + c; }
 static int min(int a, int b) { return a < b ? a : b; }
 static void atomicOr(u32* to, u32 x) { *to |= x; }
 static u32 atomicAdd(u32* to, u32 x) { return *to += x, *to - x; }
 static void prefetch(const void*) {}
-static void fence() {}
+static u32 add_behind(u32* counter) { return atomicAdd(counter, 1u); }
 template <class T> static T __ldcg(const T* x) { return *x; }
 static void atomicAdd(u64* to, u64 x) { *to += x; }
 static void wait_for_previous() {}

@@ -70,9 +70,9 @@ static void mma_u8(int c[4], const u32 a[4], u32 b0, u32 b1, bool first) {
   if (first) c[0] = c[1] = c[2] = c[3] = 0;
   product<2>(c, o, true, false);
 }
-static void mma_s8(int c[4], const u32 a[2], u32 b0) {
+static void mma_s8(int c[4], const u32 a[2], u32 b0, bool first) {
   const Operands& o = gather(a, 2, b0, 0);
-  c[0] = c[1] = c[2] = c[3] = 0;
+  if (first) c[0] = c[1] = c[2] = c[3] = 0;
   product<1>(c, o, true, true);
 }
 static void mma_16(float c[4], const u32 a[4], u32 b0, u32 b1) {
@@ -86,6 +86,7 @@ static void mma_16(float c[4], const u32 a[4], u32 b0, u32 b1) {
     }
   }
 }
+static int shift_to(const void* from, const void*) { return int(u64(from)) & 112; }
 static void copies_init(i64*, int) {}
 static void copy(void* to, const void* from, int bytes, i64*, int lane) {
   if (lane == 0) std::memcpy(to, from, bytes);

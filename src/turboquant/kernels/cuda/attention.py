@@ -2,7 +2,7 @@
 
 Every size and offset comes from PageLayout and every table from maths/; the CUDA sources in csrc/ know none. Rows are
 independent: a row has the same bits alone and among the other rows of a verify step, as long as the work is cut in the
-same places, which depends on the lengths in steps of 8 pages and of a sixteenth.
+same places, which depends on the lengths in steps of 8 pages and of a sixteenth, and on whether all are in one step.
 """
 
 import ctypes
@@ -21,8 +21,8 @@ MAX_ROWS = 128  # query rows of a KV head: heads of its group times tokens of th
 MAX_TOKENS = 8  # of the chunk
 WARPS = 16  # of a block, one block a multiprocessor; half or fewer where registers or shared memory do not suffice
 BUFFERS = 2  # half pages, or keys and values of a tile, that a warp has in flight
+SHIFT = 112  # a copy begins so far into its buffer at most: where its source does in 128 bytes
 TILE_TOKENS = 16  # of the 16-bit part of a sequence, one item of work
-TILE_UNITS, PAGE_UNITS = 2, 4  # of work, as which such a tile and a page count
 LOG2E = 1.4426950408889634
 
 
@@ -51,7 +51,7 @@ def tiles_of(layout: PageLayout, group: int, rows: int) -> tuple[int, int]:
 def half_bytes(layout: PageLayout, rows: int) -> int:
     """Bytes of a buffer: half a page, or 16 rows of the ring; all of a warp's together hold its partial result."""
     d, half = layout.head_dim, layout.key_bytes
-    return max(half, layout.page_bytes - half, 2 * TILE_TOKENS * d, 4 * rows * d // BUFFERS)
+    return max(SHIFT + max(half, layout.page_bytes - half, 2 * TILE_TOKENS * d), 4 * rows * d // BUFFERS)
 
 
 def scratch_bytes(layout: PageLayout, rows: int) -> int:
@@ -59,8 +59,9 @@ def scratch_bytes(layout: PageLayout, rows: int) -> int:
     d, half = layout.head_dim, half_bytes(layout, rows)
     words = max(1, -(-layout.hot // 4))
     steps = -(-d // 32)
-    row = 64 * (steps + (steps + 1) % 2) + 2 * 16 + 16
-    size = BUFFERS * half + 8 * d + 8 * PAGE + 4 * PAGE * words + row * rows + 8 * BUFFERS
+    row = 64 * (steps + (steps + 1) % 2) + 2 * 16
+    zeros = rows == 4  # a row of them
+    size = BUFFERS * half + 8 * d + 8 * PAGE + 4 * PAGE * words + row * (rows + zeros) + 16 * rows + 8 * BUFFERS
     return -(-size // 16) * 16
 
 
@@ -75,11 +76,10 @@ def config(
     kv, four = layout.kv, int8_levels(4)[0]
     numbers = page_macros(layout, dtype) | {
         "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps, "BUFFERS": BUFFERS, "MANY": int(many), "CAP": int(cap),
-        "TILE_UNITS": TILE_UNITS, "PAGE_UNITS": PAGE_UNITS,
         "SCRATCH_BYTES": scratch_bytes(layout, rows_of_tile * tiles), "HALF": half_bytes(layout, rows_of_tile * tiles),
         "KEY_UNIT": f"{int8_levels(kv.key_bits)[1]!r}f", "VALUE_UNIT": f"{int8_levels(kv.value_bits)[1]!r}f",
     }  # fmt: skip
-    tables = {"LEVELS4_UP": _words(list(four[8:])), "LEVELS4_DOWN": _words([-c for c in four[:8]])}
+    tables = {"LEVELS4_UP": _words(list(four[:7:-1])), "LEVELS4_DOWN": _words([-c for c in four[:8]])}
     tables["LEVELS3_"] = _words([c + 128 for c in int8_levels(3)[0]])
     for name, words in tables.items():
         numbers |= {f"{name}{i}": w for i, w in enumerate(words)}

@@ -78,7 +78,7 @@ DEVICE bool odd_half(u32 x) {  // a 16-bit float that is not finite
 
 // Weights of the tile's tokens for the rows, and the values' product. plain: every row reads all 16.
 DEVICE void exact_values(const Call& c, const Rows& w, const ExactQuery& q, const Tile& tile, bool plain, int lane,
-                         const float (&logits)[TALL][2][4], Softmax& soft) {
+                         const float (&logits)[TALL][2][4], Softmax<1>& soft) {
   const int g = lane >> 2, t = lane & 3;
   const u16* value[4];  // of the tokens that this lane multiplies
   bool seen[TILES][4];  // by row g
@@ -126,7 +126,7 @@ DEVICE void exact_values(const Call& c, const Rows& w, const ExactQuery& q, cons
       }
       const float base = soft.raise(rows, max4(top));
 #pragma unroll
-      for (int n = 0; n < 4; n++) p[half][n] = exp2_(p[half][n] - base), soft.sum[rows] += p[half][n];
+      for (int n = 0; n < 4; n++) p[half][n] = exp2_(p[half][n] - base), soft.sum[rows][0] += p[half][n];
     }
     if (MANY && odd) {  // some rows may not read a value that is not finite: 0·NaN is NaN, so add token by token
       for (int from = 0; from < 16; from++) {

@@ -14,6 +14,11 @@ DEVICE u32 prmt(u32 a, u32 b, u32 s) {
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s));
   return d;
 }
+DEVICE u32 mad(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 DEVICE u32 low_nibbles_of(u32 a, u32 b) {  // of every byte the low half from a, the high one from b; in one instruction
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(0x0F0F0F0Fu), "r"(a), "r"(b));
@@ -52,7 +57,12 @@ DEVICE void start_next() {
 }
 template <class T> DEVICE T uniform(T x) { return __shfl_sync(~0u, x, 0); }  // tells the compiler that lanes agree
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// adds one; what this warp wrote before is there for whoever finds it added, and the other way round
+DEVICE u32 add_behind(u32* counter) {
+  u32 before;
+  asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 DEVICE u64 shuffled(u64 x, int lane) {
   return u64(__shfl_sync(~0u, u32(x >> 32), lane)) << 32 | __shfl_sync(~0u, u32(x), lane);
 }

@@ -17,7 +17,7 @@ struct Call {  // mirrored by `_Call` in attention.py
   float scale, cap;  // logits in powers of two
 };
 
-// Work is measured in units: a tile of 16 tokens is TILE_UNITS, a page PAGE_UNITS.
+// Work is measured in units: a tile of 16 tokens, or a page, which is about as many bytes.
 struct Span {  // a sequence's share: c.exact tiles of 16 tokens, then pages from `first` on
   i64 start;
   int first, last, units;
@@ -34,7 +34,7 @@ DEVICE Span span_of(const Call& c, int b) {
   int pages = last > first ? int(last) - first : 0;
   const int grain = max(8, 1 << max(0, 28 - __clz(pages | 1)));
   pages = (pages + grain - 1) & -grain;
-  return {start, first, int(last), c.exact * TILE_UNITS + pages * PAGE_UNITS};
+  return {start, first, int(last), c.exact + pages};
 }
 
 // The work of all sequences, in order of batch and head; the same for every block of rows.
@@ -55,12 +55,18 @@ struct Pair {  // a sequence and KV head
     }
   }
 };
-// units of all sequences
-DEVICE int units_of(const Call& c, int lane) {
-  int total = 0;
+struct Work {  // of all sequences
+  int units;
+  bool even;  // each has as many
+};
+DEVICE Work work_of(const Call& c, int lane) {
+  int total = 0, most = 0, least = 0x7FFFFFFF;
 #pragma unroll 1
-  for (int b = lane; b < c.batch; b += 32) total += span_of(c, b).units;
-  return uniform(warp_sum(total)) * c.heads;
+  for (int b = lane; b < c.batch; b += 32) {
+    const int own = span_of(c, b).units;
+    total += own, most = max(most, own), least = min(least, own);
+  }
+  return {uniform(warp_sum(total)) * c.heads, warp_max(most) == warp_min(least)};
 }
 DEVICE Pair pair_at(const Call& c, int x, int lane) {  // that holds unit x
   for (int base = 0, before = 0; base < c.batch; base += 32) {
@@ -82,19 +88,23 @@ DEVICE Pair pair_at(const Call& c, int x, int lane) {  // that holds unit x
   }
   return {};
 }
-// Shares: units to warps that have work (as much as a tile at least), those to blocks; all contiguous.
+// Shares: units to warps that have work, those to blocks; all contiguous.
 struct Shares {
   int total, warps, blocks;
-  double per_warp;  // one through warps
-  DEVICE Shares(const Call& c, int units) : total(units) {
-    warps = min((units + TILE_UNITS - 1) / TILE_UNITS, c.warps), blocks = min(warps, c.warps / WARPS);
-    per_warp = 1. / warps;
+  double per_warp, per_unit;  // one through warps; warps through units
+  DEVICE Shares(const Call& c, const Work& work) : total(work.units) {
+    warps = min(total, c.warps), blocks = min(warps, c.warps / WARPS);
+    // Where all KV heads are as much work, blocks get whole ones, if few multiprocessors are idle then: few warps meet two,
+    // and no block waits for another.
+    const int pairs = c.batch * c.heads, most = c.warps / WARPS, each = (pairs + most - 1) / most;
+    if (work.even && pairs % each == 0 && pairs / each * 24 >= most * 23) blocks = pairs / each, warps = min(total, blocks * WARPS);
+    per_warp = 1. / warps, per_unit = double(warps) / total;
   }
   // of a warp the first unit: floor(warp · total / warps); halves keep the products off whole numbers
   DEVICE int unit(int warp) const { return int((double(warp) * total + 0.5) * per_warp); }
   DEVICE int warp(int block) const { return block * warps / blocks; }
   DEVICE int block_of(int unit) const {
-    const int warp = int((double(unit + 1) * warps - 0.5) / total);
+    const int warp = int((unit + 1 - 0.5 * per_warp) * per_unit);
     return ((warp + 1) * blocks - 1) / warps;
   }
 };
@@ -116,16 +126,20 @@ DEVICE i64 position(const Call& c, const Rows& w, int r) {
 
 // octet of channels of accumulator column g of the i-th run of eight tiles
 DEVICE int value_octet(int i, int g) { return i * 8 + g; }
-// Rows of tile m: row g = lane/4 of the accumulators. out[m][8·i+n][e] is channel n of octet value_octet(i, 2·(lane%4)+e).
-struct Softmax {
-  float out[TILES][8 * NV][2];
-  float top[TILES], sum[TILES], excess[TILES];  // sum, and what all of `out` has too little: this lane's part
+// Rows of tile m: row g = lane/4 of the accumulators, of PARTS parts of the lanes each with its own octets of channels.
+// out[m][8·i+n][e] is channel n of octet value_octet(PARTS·i + part, 2·(lane%4)+e).
+template <int PARTS> struct Softmax {
+  static constexpr int RUNS = (NV + PARTS - 1) / PARTS, SUMS = KC / PARTS;
+  float out[TILES][8 * RUNS][2];
+  float top[TILES], sum[TILES][SUMS], excess[TILES][SUMS];  // sum, and what all of `out` has too little: this lane's part
   DEVICE void clear() {
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
-      top[m] = NEG, sum[m] = excess[m] = 0;
+      top[m] = NEG;
 #pragma unroll
-      for (int i = 0; i < 8 * NV; i++) out[m][i][0] = out[m][i][1] = 0;
+      for (int k = 0; k < SUMS; k++) sum[m][k] = excess[m][k] = 0;
+#pragma unroll
+      for (int i = 0; i < 8 * RUNS; i++) out[m][i][0] = out[m][i][1] = 0;
     }
   }
   // a new maximum: rescale; returns the base that logits are measured from
@@ -134,25 +148,34 @@ struct Softmax {
     const float old = exp2_(top[m] - base);
     if (__any_sync(~0u, old != 1.f)) {
 #pragma unroll
-      for (int i = 0; i < 8 * NV; i++) out[m][i][0] *= old, out[m][i][1] *= old;
+      for (int i = 0; i < 8 * RUNS; i++) out[m][i][0] *= old, out[m][i][1] *= old;
     }
-    sum[m] *= old, excess[m] *= old, top[m] = now;
+#pragma unroll
+    for (int k = 0; k < SUMS; k++) sum[m][k] *= old, excess[m][k] *= old;
+    top[m] = now;
     return base;
+  }
+  DEVICE static float total(const float (&x)[SUMS]) {  // over the lanes of a row: each half of the tokens, then both
+    float y = sum4(x[0]);
+    if (PARTS > 1) return y + __shfl_xor_sync(~0u, y, 16);
+#pragma unroll
+    for (int k = 1; k < SUMS; k++) y += sum4(x[k]);
+    return y;
   }
   // (R, D) and (R, 2); packed: columns are in the order of the values' nibbles
   DEVICE void write(const Rows& w, float* part, float* tops, bool packed, int lane) {
-    const int g = lane >> 2, t = lane & 3;
+    const int g = lane >> 2, t = lane & 3, mine = PARTS > 1 ? g / ROWS : 0;
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
-      const float total = sum4(sum[m]), more = sum4(excess[m]);
-      const int r = m * ROWS + g;
-      if (g >= ROWS || r >= w.used) continue;
-      if (t == 0) *(float2*)(tops + r * 2) = make_float2(top[m], total);
+      const float all = total(sum[m]), more = total(excess[m]);
+      const int r = m * ROWS + g % ROWS;
+      if ((PARTS == 1 && g >= ROWS) || r >= w.used) continue;
+      if (t == 0 && mine == 0) *(float2*)(tops + r * 2) = make_float2(top[m], all);
 #pragma unroll
-      for (int i = 0; i < NV; i++) {
+      for (int i = 0; i < RUNS; i++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const int octet = value_octet(i, 2 * t + e);
+          const int octet = value_octet(PARTS * i + mine, 2 * t + e);
           if (octet >= OCTETS) continue;
           float* to = part + r * D + octet * 8;
           float y[8];

@@ -72,7 +72,7 @@ DEVICE void finish(const Call& c, const Pair& p, int row, const Channels& y, flo
 // Row r of KV head p, of this block's warps: each lane looks after the tiles' or the pages' part of one of them.
 DEVICE void add_warps(const Call& c, const Shares& s, const Block& block, const Scratch* all, const Pair& p, int r, int lane,
                       Channels& y, float& top, float& total) {
-  const int n = lane / 2, warp = block.first + n, border = p.start + c.exact * TILE_UNITS, to = s.unit(warp + 1);
+  const int n = lane / 2, warp = block.first + n, border = p.start + c.exact, to = s.unit(warp + 1);
   const int from = max(s.unit(warp), lane & 1 ? border : p.start), end = lane & 1 ? p.end() : border;
   const bool is = n < block.warps && from < min(to, end), last = to <= end;
   const i64 slot = slot_of(c, blockIdx.y, warp, i64(p.b) * c.heads + p.h) + lane % 2 * R + r;
@@ -172,7 +172,7 @@ DEVICE void add_up(const Call& c, const Shares& s, const Block& block, const Scr
       const int first = s.block_of(p.start), last = s.block_of(p.end() - 1);
       u32* arrived = c.arrived + ((i64(blockIdx.y) * c.batch + p.b) * c.heads + p.h) * R + r;
       u32 before = 0;
-      if (lane == 0) fence(), before = atomicAdd(arrived, 1u), fence();
+      if (lane == 0) before = add_behind(arrived);
       if (uniform(before) != u32(last - first)) continue;
       if (lane == 0) *arrived = 0;
       add_blocks(c, s, p, first, last, r, lane, y, top, total);

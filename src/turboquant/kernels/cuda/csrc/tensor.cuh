@@ -16,10 +16,12 @@ DEVICE void mma_u8(int c[4], const u32 a[4], u32 b0, u32 b1, bool first) {
   else
     asm(MMA("u8") "{%0,%1,%2,%3};" : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : OPERANDS);
 }
-DEVICE void mma_s8(int c[4], const u32 a[2], u32 b0) {  // with the upper 16 rows of b zero
-  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},{%7,%7,%7,%7};"
-      : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b0), "r"(0));
+DEVICE void mma_s8(int c[4], const u32 a[2], u32 b0, bool first) {  // 16 deep, all signed
+#define MMA_S8 "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5},{%6},"
+  if (first)
+    asm(MMA_S8 "{%7,%7,%7,%7};" : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0), "r"(0));
+  else
+    asm(MMA_S8 "{%0,%1,%2,%3};" : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
 }
 // c (16×8 fp32) += a (16×16) · b (16×8), 16-bit floats
 DEVICE void mma_16(float c[4], const u32 a[4], u32 b0, u32 b1) {
@@ -34,6 +36,8 @@ DEVICE void mma_16(float c[4], const u32 a[4], u32 b0, u32 b1) {
 }
 // ---- copies of 16-byte multiples from global to shared memory, in order; `wait` returns when the n-th has come
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+// how far behind `to` a copy must begin to lie in its 128 bytes as `from` does: such copies are faster
+DEVICE int shift_to(const void* from, const void* to) { return int(u32(u64(from)) - shared_address(to)) & 112; }
 #if __CUDA_ARCH__ >= 900
 DEVICE void copies_init(i64* bars, int lane) {
   if (lane < BUFFERS) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(bars + lane)));
