@@ -52,6 +52,7 @@ def emulation(tmp_path_factory):
             text = config.replace("__constant__", "static const").replace("__device__", "")
             (folder / "config.cuh").write_text(text)
             options = ["-O1", "-std=c++17", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
+            options += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # as a GPU, which refuses it
             subprocess.run([compiler, *options, "-o", folder / "run.so", folder / f"{name}.cpp"], check=True)
             made[name, config] = ctypes.CDLL(str(folder / "run.so"))
         return made[name, config]

@@ -30,6 +30,7 @@ class Case:
     h: int = 2
     chunks: tuple[int, ...] = (70, 1, 57, 1, 1, 9, 200)
     dtype: torch.dtype = BF16
+    batch: int = 2
 
 
 CASES = [
@@ -42,30 +43,32 @@ CASES = [
     Case(recipe="kv4:decay=0.5,blend=1"),
     Case(chunks=(1,) * 66 + (64, 64, 65, 63)),
     Case(chunks=(1000, 1, 130), hq=14, d=64),
+    Case(chunks=(130, 70), batch=1),
 ]
 
 
 def start(case: Case, device: str) -> LayerCache:
     cache = LayerCache(parse_recipe(case.recipe).kv)
-    cache._start(torch.empty(2, case.h, 1, case.d, dtype=case.dtype, device=device))
+    cache._start(torch.empty(case.batch, case.h, 1, case.d, dtype=case.dtype, device=device))
     cache.buf.tracker.zero_(), cache.buf.readers.zero_()
     return cache
 
 
 def advance(cache: LayerCache, op, chunk) -> None:
     n = chunk[0].shape[2]
-    cache._reserve([n] * 2)
+    cache._reserve([n] * len(cache.lengths))
     op(cache.buf, cache.layout, *chunk, None)
     cache.lengths = [x + n for x in cache.lengths]
 
 
 def compare(case: Case, odd: bool, tokens, device: str) -> None:
     total = sum(case.chunks)
-    some = [tokens(case.hq, case.h, total, case.d, case.dtype, s) for s in (1, 2)]
+    some = [tokens(case.hq, case.h, total, case.d, case.dtype, s) for s in (1, 2)][: case.batch]
     q, k, v = (torch.stack(x) for x in zip(*some, strict=True))
     if odd:
-        k[0, 0, 5, 3], v[1, -1, 30, 7], k[1, 0, 31] = torch.nan, torch.inf, 0
+        k[0, 0, 5, 3], v[-1, -1, 30, 7], k[-1, 0, 31] = torch.nan, torch.inf, 0
         q[0, :, 7] = torch.nan
+        v[0, 0, 40] = 60000  # usable, but its scale is beyond fp16
     want, got = start(case, "cpu"), start(case, device)
     at = 0
     for n in case.chunks:
@@ -122,6 +125,7 @@ EMULATED = [
     Case(recipe="kv4:hot=0,sinks=9,decay=0.5,blend=1", d=64, chunks=(64, 64)),
     Case(d=256, h=1, hq=2, chunks=(66,)),
     Case(recipe="kv4:ring=0,sinks=0,rewind=0", d=64, chunks=(70, 59, 1, 200)),
+    Case(chunks=(130,), batch=1),
 ]
 
 
@@ -131,7 +135,7 @@ def emulated(monkeypatch, emulation):
 
     def kernels(layout, dtype, device):
         library = emulation("append", append.config(layout, dtype))
-        return [(library, name) for name in (b"encode", b"track", b"store")]
+        return [(library, name) for name in (b"encode", b"rows", b"stats", b"store")]
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False):
         kernel[0].run(kernel[1], ctypes.byref(call), *blocks, threads)

@@ -29,15 +29,19 @@ typedef unsigned long long u64;
 struct Three {
   int x = 1, y = 1, z = 1;
 };
-struct uint2 {
+struct alignas(8) uint2 {
   u32 x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
   u32 x, y, z, w;
 };
-struct float4 {
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
   float x, y, z, w;
 };
+static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static Three threadIdx, blockIdx, gridDim, blockDim;
 static u8 shared_memory[8][1 << 18] __attribute__((aligned(128)));  // of the blocks of a cluster
@@ -87,6 +91,7 @@ static int alive_here() {
   return n;
 }
 static void __syncthreads() { barrier(192 + block(), alive_here()); }
+static void __syncwarp() { barrier(threadIdx.x / 32, 32); }
 static int __syncthreads_or(int x) {
   const int slot = generation[192] / 2 & 1;
   any[slot] |= x != 0;
@@ -156,14 +161,18 @@ static float __frcp_rn(float x) { return 1.f / x; }
 static int max(int a, int b) { return a > b ? a : b; }
 static int __ffs(u32 x) { return __builtin_ffs(x); }
 static float __saturatef(float x) { return x > 0 ? x < 1 ? x : 1 : 0; }  // NaN gives 0
-static float add_down_saturated(float a, float b) {
+static float add_down(float a, float b) {
   const float near = a + b, rest = float((double(b) - near) + a);  // its sign is exact
-  return __saturatef(rest < 0 ? std::nextafterf(near, -INFINITY) : near);
+  return rest < 0 ? std::nextafterf(near, -INFINITY) : near;
 }
-static float __fmul_rz(float a, float b) {  // of numbers from 0 on
-  const double exact = double(a) * b;
-  const float near = float(exact);
-  return near > exact ? std::nextafterf(near, 0.f) : near;
+static float quotient(float x, float y) { return x / y; }
+struct Bytes {
+  const u8* at;
+  Bytes(const u8* p, u32 first) : at(p - first) {}
+  u32 operator[](u32 i) const { return at[i]; }
+};
+static void wait_until(const u32* at, u32 least) {
+  if (*at < least) std::abort();
 }
 static int warp_max(int x) {
   for (int n = 16; n; n >>= 1) x = std::max(x, __shfl_xor_sync(~0u, x, n));
@@ -223,4 +232,9 @@ static u16 one_16(float x) {
   const u32 bits = __float_as_uint(x);
   return u16((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
+static u16 larger_16(u16 a, u16 b) {
+  const float x = wide(a), y = std::fabs(wide(b));
+  return x != x || y != y ? 0x7FFF : x > y ? a : b & 0x7FFF;
+}
+static u32 larger(u32 a, u32 b) { return larger_16(a, b) | u32(larger_16(a >> 16, b >> 16)) << 16; }
 static u32 two_16(float lo, float hi) { return one_16(lo) | u32(one_16(hi)) << 16; }

@@ -3,14 +3,10 @@
 #pragma once
 #include "ptx.cuh"
 
-struct float2 {
-  float x, y;
-};
 struct int2 {
   int x, y;
 };
 static int2 make_int2(int x, int y) { return {x, y}; }
-static float2 make_float2(float x, float y) { return {x, y}; }
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static i64 min(i64 a, i64 b) { return a < b ? a : b; }
@@ -20,7 +16,6 @@ static int __ldg(const int* x) { return *x; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
-static void __syncwarp() { barrier(threadIdx.x / 32, 32); }
 static bool __any_sync(u32, bool x) { return __ballot_sync(~0u, x) != 0; }
 static bool __all_sync(u32, bool x) { return __ballot_sync(~0u, x) == ~0u; }
 static int __shfl_up_sync(u32, int x, int n) {

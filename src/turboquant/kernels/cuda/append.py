@@ -1,4 +1,4 @@
-"""cache_append on NVIDIA GPUs: a launch that encodes the pages a chunk completes, and one that writes the rest.
+"""cache_append on NVIDIA GPUs: one or two launches that encode the pages a chunk completes, one that writes the rest.
 
 Nothing is read back to the host, so it can be captured in a CUDA graph. The bytes are those of the reference: sums and
 roots follow maths/exact.py; only log2 may round the other way.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels.cuda import nvrtc
-from turboquant.kernels.cuda.common import DTYPES, PAGE, page_macros
+from turboquant.kernels.cuda.common import DTYPES, MAX_HOT, PAGE, page_macros
+from turboquant.kernels.cuda.counters import zeros
 from turboquant.maths.codec import (
     CODE_CELLS,
     SEARCH_CELL,
@@ -34,17 +35,16 @@ class _Call(ctypes.Structure):  # mirrors `Call` of csrc/append.cu
     _fields_ = [
         *[(n, ctypes.c_void_p) for n in ("pages", "table", "length", "nonfinite", "starts")],
         *[(n, ctypes.c_void_p) for n in ("ring_k", "ring_v", "sink_k", "sink_v", "readers", "tracker")],
-        *[(n, ctypes.c_void_p) for n in ("states", "masks", "q", "k", "v")],
+        *[(n, ctypes.c_void_p) for n in ("states", "arrived", "masks", "q", "k", "v")],
         *[(f"{t}_{s}", ctypes.c_longlong) for t in "qkv" for s in "bhn"],
         *[(n, ctypes.c_int) for n in ("pool", "width", "batch", "heads", "group", "tokens", "slots", "sinks")],
-        *[(n, ctypes.c_int) for n in ("samples", "several", "front", "parts")],
+        *[(n, ctypes.c_int) for n in ("samples", "several", "front")],
     ]
 
 
-CODE_REACH = 4 * CODE_CELLS  # cells of a scale that the code table covers to either side: beyond lie the outer codes
+CODE_REACH = 48 * CODE_CELLS  # to either side in the code table; a row has none beyond √256 times the outer level
 CODE_STEP = 16  # cells of one entry, in which at most one code begins
 SEARCH_REACH = 32768 // SEARCH_CELL  # cells of |y| at most
-VALUES, KEYS = 1, 2  # parts of a page, as in csrc/append.cu
 
 
 def threads(layout: PageLayout) -> int:
@@ -56,11 +56,12 @@ def _floats(name: str, values: list[float]) -> str:
     return f"__constant__ float {name}[{len(values)}] = {{{', '.join(f'{v!r}f' for v in values)}}};"
 
 
-def _bytes(name: str, values: Tensor) -> str:
-    """Bytes as words of eight, for copies into the arrays of csrc/rows.cuh, which have 8 bytes more than entries."""
-    padded = torch.nn.functional.pad(values.to(torch.uint8), (0, 8))
-    words = padded[: len(padded) // 8 * 8].view(torch.int64).tolist()
-    return f"__device__ const unsigned long long {name}[] = {{{', '.join(f'{w % 2**64}ull' for w in words)}}};"
+def _bytes(name: str, *parts: Tensor) -> str:
+    """Bytes as words of eight; each part has 16 bytes more, and begins at a multiple of 16 as in csrc/rows.cuh."""
+    padded = torch.cat([torch.nn.functional.pad(x.to(torch.uint8), (0, 16)) for x in parts])
+    words = padded[: len(padded) // 16 * 16].view(torch.int64).tolist()
+    text = ", ".join(f"{w % 2**64}ull" for w in words)
+    return f"alignas(16) __device__ const unsigned long long {name}[] = {{{text}}};"
 
 
 def segments(bits: int) -> tuple[list[int], list[tuple[int, int, int, int]]]:
@@ -116,7 +117,7 @@ def config(layout: PageLayout, dtype: torch.dtype) -> str:
     gaps = [i for i in range(layout.page_bytes) if i not in used]
     small = sorted({kv.key_bits, kv.value_bits} - {8})  # 8 bit have neither search nor table
     numbers = page_macros(layout, dtype) | {
-        "THREADS": threads(layout), "MEMORY": _memory(layout), "GAPS": len(gaps),
+        "THREADS": threads(layout), "MEMORY": _memory(layout), "GAPS": len(gaps), "MAX_HOT": MAX_HOT,
         "CODE_CELLS": CODE_CELLS, "CODE_REACH": CODE_REACH, "CODE_STEP": CODE_STEP,
         "SEARCH_UNITS": SEARCH_UNITS, "SEARCH_CELL": SEARCH_CELL, "SEARCH_REACH": SEARCH_REACH,
         "DECAY_OLD": f"{1 - (1 - kv.decay)!r}f", "DECAY_NEW": f"{1 - kv.decay!r}f",
@@ -132,8 +133,8 @@ def config(layout: PageLayout, dtype: torch.dtype) -> str:
     for part, bits in (("KEY", kv.key_bits), ("VALUE", kv.value_bits)):
         of_cell = segments(bits)[0] if bits < 8 else []
         of_cell += of_cell[-1:] * (SEARCH_REACH - len(of_cell))
-        tables.append(_bytes(f"{part}_SEGMENTS", torch.tensor(of_cell + of_cell[-1:] * 8, dtype=torch.uint8)))
-        tables.append(_bytes(f"{part}_CODES", code_table(bits) if bits < 8 else torch.zeros(0)))
+        codes = code_table(bits) if bits < 8 else torch.zeros(0)
+        tables.append(_bytes(f"{part}_LOOKUP", torch.tensor(of_cell, dtype=torch.uint8), codes))
     return "\n".join(["#pragma once", *lines, *tables, ""])
 
 
@@ -141,13 +142,13 @@ def _memory(layout: PageLayout) -> int:
     """Bytes of `Memory` of csrc/append.cu, generously."""
     d = layout.head_dim
     rows = 4 * PAGE * max(d + 4, 64)  # the 64: sums of segments
-    small = 2 * threads(layout) + PAGE + 6 * d + layout.hot
+    small = 2 * threads(layout) + PAGE + 6 * d + layout.hot + 8
     return rows + 4 * small + SEARCH_REACH + 2 * CODE_REACH // CODE_STEP + 256
 
 
 @lru_cache(maxsize=256)
 def _kernels(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> list[Any]:
-    names = ("encode", "track", "store")
+    names = ("encode", "rows", "stats", "store")
     return nvrtc.functions("append.cu", config(layout, dtype), names, device, _memory(layout))
 
 
@@ -164,28 +165,30 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
     dtype = buf.ring_k.dtype
     if dtype not in DTYPES or any(t.dtype != dtype for t in (q, k, v)):
         raise ValueError(f"queries in {q.dtype}, keys in {k.dtype}, ring in {dtype}: all must be one of {DTYPES}")
-    encode, track, store = _kernels(layout, dtype, k.device)
+    encode, rows, stats, store = _kernels(layout, dtype, k.device)
     q, k, v = map(_dense, (q, k, v))
     pages = -(-n // PAGE)  # that the chunk may complete
     several = pages if pages > 1 else 0
-    words = 2 * b * h * several  # 8 bytes each: starts, masks; then states
-    work = torch.empty(2 * (b + words) + several * b * h * 3 * d, dtype=torch.float32, device=k.device)
+    words = several * b * h * 6 * d  # states, which are 16-byte aligned; then starts and masks, of 8 bytes each
+    arrived = zeros(2 * b * h, k.device) if several else buf.length  # which is not looked at
+    work = torch.empty(words + 2 * (b + 2 * b * h * several), dtype=torch.float32, device=k.device)
+    starts = work.data_ptr() + 4 * words
     # tokens of which `store` keeps something, or that may be in no page of the chunk
     tail = min(n, max(layout.kv.ring_slots, PAGE, buf.readers.shape[2] * READER_STRIDE))
     front = min(layout.kv.sinks, n - tail) if several else n - tail
     call = _Call(
-        buf.pages.data_ptr(), buf.table.data_ptr(), buf.length.data_ptr(), buf.nonfinite.data_ptr(), work.data_ptr(),
+        buf.pages.data_ptr(), buf.table.data_ptr(), buf.length.data_ptr(), buf.nonfinite.data_ptr(), starts,
         buf.ring_k.data_ptr(), buf.ring_v.data_ptr(), buf.sink_k.data_ptr(), buf.sink_v.data_ptr(),
-        buf.readers.data_ptr(), buf.tracker.data_ptr(), work.data_ptr() + 8 * (b + words), work.data_ptr() + 8 * b,
+        buf.readers.data_ptr(), buf.tracker.data_ptr(), work.data_ptr(), arrived.data_ptr(), starts + 8 * b,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         buf.pages.shape[0], buf.table.shape[1], b, h, q.shape[1] // h, n, layout.kv.ring_slots, layout.kv.sinks,
-        buf.readers.shape[2], several, front, VALUES if several else VALUES | KEYS,
+        buf.readers.shape[2], several, front,
     )  # fmt: skip
     stream, block = nvrtc.stream_of(k.device), threads(layout)
-    memory, grid = _memory(layout), (pages, h, b)
-    nvrtc.launch(encode, grid, block, memory, stream, call)
     if several:
-        nvrtc.launch(track, (-(-3 * d // 32), h, b), STORE_THREADS, 0, stream, call, after=True)
-        call.parts = KEYS
-        nvrtc.launch(encode, grid, block, memory, stream, call, after=True)
+        nvrtc.launch(stats, (pages, h, b), block, 0, stream, call)
+        units = -(-pages // (block // 32)) + 2 * pages  # headers, values, keys of a KV head
+        nvrtc.launch(rows, (units * h, 1, b), block, _memory(layout), stream, call, after=True)
+    else:
+        nvrtc.launch(encode, (1, h, b), block, _memory(layout), stream, call)
     nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, stream, call, after=True)

@@ -103,7 +103,7 @@ def functions(name: str, config: str, kernels: tuple[str, ...], device: torch.de
     """Compile or fetch csrc/`name`, load it on the device, and return its kernels.
 
     Args:
-        shared: bytes of dynamic shared memory that the first kernel is launched with.
+        shared: bytes of dynamic shared memory that a kernel is launched with at most.
     """
     from cuda.bindings import driver
 
@@ -113,7 +113,8 @@ def functions(name: str, config: str, kernels: tuple[str, ...], device: torch.de
         module = _check(driver.cuModuleLoadData(_cubin(name, config, f"sm_{major}{minor}" + "a" * (major >= 9))), name)
         found = [_check(driver.cuModuleGetFunction(module, k.encode()), k) for k in kernels]
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(found[0], attribute, shared), name)
+        for kernel in found:
+            _check(driver.cuFuncSetAttribute(kernel, attribute, shared), name)
     return found
 
 

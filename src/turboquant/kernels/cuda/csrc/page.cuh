@@ -10,33 +10,22 @@ struct Call {  // mirrored by `_Call` in append.py
   const int* table;
   i64 *length, *nonfinite, *starts;
   u16 *ring_k, *ring_v, *sink_k, *sink_v, *readers;
-  float *tracker, *states;  // states: (batch, heads, pages of the chunk, 3, D), what each page is encoded with
+  float *tracker, *states;  // states: (batch, heads, pages of the chunk, 2, 3, D), statistics and factors of its keys
+  u32* arrived;             // (2, batch, heads): pages that have statistics, a header; 0 before and after
   u64* masks;               // (batch, heads, pages of the chunk, 2): tokens that count in no statistic; not finite
   const u16 *q, *k, *v;
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
   int pool, width, batch, heads, group, tokens, slots, sinks, samples;
   int several, front;  // pages of the chunk, 0 if at most one; tokens from its beginning that `store` looks at
-  int parts;           // of a page that `encode` sees to: VALUES, KEYS or both
 };
-constexpr int VALUES = 1, KEYS = 2;
 
 DEVICE u16 narrow(float x) { return u16(two_16(x, 0)); }
 DEVICE float finite(float x) { return x != x ? 0.f : fminf(fmaxf(x, -FP16_MAX), FP16_MAX); }
-DEVICE float sum8(float x) {  // over eight lanes, by halves
-  for (int n = 4; n; n >>= 1) x += __shfl_xor_sync(~0u, x, n);
-  return x;
+DEVICE void get_four(const float* from, float (&y)[4]) {
+  const float4 x = *(const float4*)from;
+  y[0] = x.x, y[1] = x.y, y[2] = x.z, y[3] = x.w;
 }
-DEVICE float max_of(const float* x, int lane) {  // of D numbers, by each warp
-  float top = x[lane];
-  for (int i = lane + 32; i < D; i += 32) top = fmaxf(top, x[i]);
-  for (int n = 16; n; n >>= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, n));
-  return top;
-}
-DEVICE float sum_of(const float* x, int lane) {  // of D numbers, in the order of lane_sum
-  float sum = x[lane & 15];
-  for (int i = 16; i < D; i += 16) sum += x[(lane & 15) + i];
-  return sum8(sum + __shfl_xor_sync(~0u, sum, 8));
-}
+DEVICE void put_four(const float (&y)[4], float* to) { *(float4*)to = make_float4(y[0], y[1], y[2], y[3]); }
 DEVICE u16 fp16(float x) { return to_half(fminf(fmaxf(x, -FP16_MAX), FP16_MAX)); }
 DEVICE void widened(const uint4& x, float* y) {
   const u32 w[4] = {x.x, x.y, x.z, x.w};
@@ -45,13 +34,15 @@ DEVICE void widened(const uint4& x, float* y) {
 }
 struct Page {
   i64 start, index;  // tokens before the chunk; number of the page in its sequence
-  int b, h;
+  int b, h, at;      // at: number of the page in the chunk
 };
-DEVICE bool page_of(const Call& c, Page& p) {
-  p.b = blockIdx.z, p.h = blockIdx.y, p.start = c.length[p.b], p.index = p.start / P + blockIdx.x;
+DEVICE bool page_of(const Call& c, int b, int h, int at, Page& p) {
+  p.b = b, p.h = h, p.at = at, p.start = c.length[b], p.index = p.start / P + at;
   return (p.index + 1) * P <= p.start + c.tokens;
 }
-DEVICE i64 place(const Call& c, const Page& p) { return (i64(p.b) * c.heads + p.h) * c.several + blockIdx.x; }
+DEVICE i64 head_of(const Call& c, const Page& p) { return i64(p.b) * c.heads + p.h; }
+DEVICE i64 place(const Call& c, const Page& p) { return head_of(c, p) * c.several + p.at; }
+DEVICE float* states_at(const Call& c, const Page& p) { return c.states + place(c, p) * 6 * D; }
 struct Source {  // rows of keys or values of a page: from the chunk, those before it from the ring
   const u16 *chunk, *ring;
   i64 stride;
@@ -70,56 +61,57 @@ struct Source {  // rows of keys or values of a page: from the chunk, those befo
     return ring + (at < slots ? at : at - slots) * D;
   }
 };
-// 16 bytes of each of N rows, under way together
-template <int N, class Row, class Channel> DEVICE void load_rows(const Source& s, Row row, Channel channel, uint4 (&x)[N]) {
+// 8 or 16 bytes of each of N rows, under way together
+template <class T, int N, class Row, class Channel>
+DEVICE void load_rows(const Source& s, Row row, Channel channel, T (&x)[N]) {
   if (s.first == 0) {
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] = *(const uint4*)(s.chunk + row(i) * s.stride + channel(i));
+    for (int i = 0; i < N; i++) x[i] = *(const T*)(s.chunk + row(i) * s.stride + channel(i));
   } else {
 #pragma unroll
-    for (int i = 0; i < N; i++) x[i] = *(const uint4*)(s.row(row(i)) + channel(i));
+    for (int i = 0; i < N; i++) x[i] = *(const T*)(s.row(row(i)) + channel(i));
   }
 }
+// A page's rows as they come, sixteen neighbours of a row a thread and round; the next two rounds of them. Four rows and
+// two neighbours of each lie in different banks.
+struct Ahead {
+  static constexpr bool FIXED = THREADS / 4 % SIXTEENS == 0;  // a thread's channels are always the same
+  static constexpr int ROUNDS = (P * SIXTEENS + THREADS - 1) / THREADS;
+  uint4 x[2][2];
+  const u16* from;  // of the next round, if all rows are of the chunk
+  DEVICE static int group(u32 i) { return int((FIXED ? threadIdx.x : i * THREADS + threadIdx.x) / 4 % SIXTEENS); }
+  DEVICE static int row(u32 i) {
+    const u32 tid = threadIdx.x;
+    const u32 four = FIXED ? tid / (4 * SIXTEENS) + i * (THREADS / SIXTEENS / 4) : (i * THREADS + tid) / (4 * SIXTEENS);
+    return int(4 * four + tid % 4);
+  }
+  DEVICE void next(const Source& s, int i) {
+    x[0][0] = x[1][0], x[0][1] = x[1][1];
+    if (i >= ROUNDS) return;
+    const u16* at = from;
+    if (FIXED && s.first == 0) from += 4 * (THREADS / SIXTEENS / 4) * s.stride;
+    else at = s.row(P * SIXTEENS % THREADS ? min(row(i), P - 1) : row(i)) + 16 * group(i);
+    x[1][0] = ((const uint4*)at)[0], x[1][1] = ((const uint4*)at)[1];
+  }
+  DEVICE void load(const Source& s) { from = s.chunk + row(0) * s.stride + 16 * group(0), next(s, 0), next(s, 1); }
+};
 struct Marks {
   u32 odd[2], bad[2];  // a bit a token: counts in no statistic; is not finite
   DEVICE u64 all() const { return odd[0] | u64(odd[1]) << 32; }
 };
-// keys to shared memory, and which tokens count, for which values are looked at too; begins and ends with a barrier
-DEVICE void load_keys(const Call& c, const Page& p, u16 (*keys)[PITCH], Marks& m) {
-  if (threadIdx.x < 2) {
-    const i64 left = c.sinks - p.index * P - 32 * int(threadIdx.x);
-    m.odd[threadIdx.x] = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0, m.bad[threadIdx.x] = 0;
-  }
-  __syncthreads();
-  constexpr int LOADS = P * (D / 8) / THREADS;
-  constexpr bool FIXED = THREADS % (D / 8) == 0;  // a thread's channels are always the same
-  const u32 tid = threadIdx.x;
-  const auto row = [&](u32 i) { return int(FIXED ? tid / (D / 8) + i * (THREADS / (D / 8)) : (i * THREADS + tid) / (D / 8)); };
-  const auto channel = [&](u32 i) { return int((FIXED ? tid : i * THREADS + tid) % (D / 8) * 8); };
-  u32 beyond = 0;  // the sign of a half is set where a magnitude is above FP16_MAX
-#pragma unroll
-  for (int part = 0; part < 2; part++) {
-    uint4 x[LOADS];
-    load_rows(Source(c, p, part), row, channel, x);
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-      if (part == 0) *(uint4*)(keys[row(i)] + channel(i)) = x[i];
-      for (u32 w : {x[i].x, x[i].y, x[i].z, x[i].w}) beyond |= (w & 0x7FFF7FFFu) + (BF16 ? 0x38803880u : 0x04000400u);
+// which tokens of a page count, where some number of it is beyond what is stored; ends with a barrier
+DEVICE void mark(const Call& c, const Page& p, Marks& m) {
+  for (int i = threadIdx.x; i < 2 * P * OCTETS; i += THREADS) {
+    const int t = i / OCTETS % P;
+    const uint4 x = *(const uint4*)(Source(c, p, i >= P * OCTETS).row(t) + i % OCTETS * 8);
+    bool fine = true, good = true;
+    for (u32 w : {x.x, x.y, x.z, x.w}) {
+      const float a = fabsf(wide_low(w)), b = fabsf(wide_high(w));
+      fine &= a <= FP16_MAX && b <= FP16_MAX, good &= a < -NEG && b < -NEG;
     }
+    if (!fine) atomicOr(&m.odd[t / 32], 1u << (t & 31));
+    if (!good) atomicOr(&m.bad[t / 32], 1u << (t & 31));
   }
-  if (beyond & 0x80008000u)
-#pragma unroll 1
-    for (int n = 0; n < 2 * LOADS; n++) {
-      const int t = row(n / 2);
-      const uint4 x = *(const uint4*)(Source(c, p, n & 1).row(t) + channel(n / 2));
-      bool fine = true, good = true;
-      for (u32 w : {x.x, x.y, x.z, x.w}) {
-        const float a = fabsf(wide_low(w)), b = fabsf(wide_high(w));
-        fine &= a <= FP16_MAX && b <= FP16_MAX, good &= a < -NEG && b < -NEG;
-      }
-      if (!fine) atomicOr(&m.odd[t / 32], 1u << (t & 31));
-      if (!good) atomicOr(&m.bad[t / 32], 1u << (t & 31));
-    }
   __syncthreads();
 }
 constexpr int QUERIES = 4;  // query heads of a group whose loads are under way at a time
@@ -173,48 +165,82 @@ struct Samples {
     for (int j = 0; j < 8; j++) square[n][ch + j] = r[j] * r[j];
   }
 };
-struct Own {
-  float mean, var, power;
-};
-// The statistics of channels ch and ch + 1 over the page, by two neighbouring threads, of which each takes every other
-// token; each returns one of the channels.
-template <bool ODD> DEVICE Own own_stats(const Work& w, u64 odd, int ch) {
-  constexpr int ROUNDS = P / 16;  // lane_sum: tokens m, m + 16, m + 32, m + 48 for every m < 16, then by halves
-  const int g = threadIdx.x & 1;
+// A thread has four channels of every fourth token: the sum over the page of term(token, channel) in the order of
+// lane_sum, which is tokens t, t + 16, t + 32, t + 48 for every t < 16, then by halves. Has a barrier.
+constexpr int QUADS = D / 4, CLASSES = 4, TOKENS = P / CLASSES;
+template <class Term> DEVICE void page_sum(float (*part)[D], Term term, float (&out)[4]) {
+  const int ch = threadIdx.x % QUADS * 4;
+  float acc[CLASSES][4];
+#pragma unroll
+  for (int i = 0; i < TOKENS; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) acc[i % 4][j] = i < 4 ? term(i, j) : acc[i % 4][j] + term(i, j);
+#pragma unroll
+  for (int j = 0; j < 4; j++) out[j] = (acc[0][j] + acc[2][j]) + (acc[1][j] + acc[3][j]);
+  if (threadIdx.x < CLASSES * QUADS) put_four(out, part[threadIdx.x / QUADS] + ch);
+  __syncthreads();
+  float of[CLASSES][4];
+#pragma unroll
+  for (int i = 0; i < CLASSES; i++) get_four(part[i] + ch, of[i]);
+#pragma unroll
+  for (int j = 0; j < 4; j++) out[j] = (of[0][j] + of[2][j]) + (of[1][j] + of[3][j]);
+}
+// mean, variance and reader power of four channels, by the threads of classes 0, 1 and 2
+template <bool ODD> DEVICE void own_stats(Sums& w, const uint2 (&k)[TOKENS], u64 odd, float (&own)[4]) {
+  const int kind = threadIdx.x / QUADS, ch = threadIdx.x % QUADS * 4;
   const float n = float(max(P - __popcll(odd), 1));
-  const auto pass = [&](auto term, float (&out)[2]) {
-    float acc[2][8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) acc[0][i] = acc[1][i] = -0.f;  // to which adding is exact, whatever the sign of a zero
-#pragma unroll 1
-    for (int round = 0; round < ROUNDS; round++) {
-      const u32 none = ODD ? u32(odd >> (16 * round + g)) : 0;
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const u32 pair = *(const u32*)(w.keys[16 * round + 2 * i + g] + ch);
-        const float x[2] = {wide_low(pair), wide_high(pair)};
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-          const float y = none >> (2 * i) & 1 ? 0.f : term(x[j], j);
-          acc[j][i] += y;
-        }
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-#pragma unroll
-      for (int m = 4; m; m /= 2)
-#pragma unroll
-        for (int i = 0; i < m; i++) acc[j][i] += acc[j][i + m];
-      out[j] = (acc[j][0] + __shfl_xor_sync(~0u, acc[j][0], 1)) / n;
-    }
+  const auto key = [&](int i, int j) {
+    const u32 pair = j / 2 ? k[i].y : k[i].x;
+    return j % 2 ? wide_high(pair) : wide_low(pair);
   };
-  float average[2], var[2];
-  pass([&](float x, int) { return x; }, average);
-  pass([&](float x, int j) { return (x - average[j]) * (x - average[j]); }, var);
-  Own own{g ? average[1] : average[0], g ? var[1] : var[0], w.square[0][ch + g]};
+  const auto counts = [&](int i) { return !ODD || !(odd >> (4 * i + kind % CLASSES) & 1); };
+  float mean[4];
+  page_sum(w.part[0], [&](int i, int j) { return counts(i) ? key(i, j) : 0.f; }, mean);
 #pragma unroll
-  for (int i = 1; i < P / STRIDE; i++) own.power += w.square[i][ch + g];
-  own.power /= float(P / STRIDE);
-  return own;
+  for (int j = 0; j < 4; j++) mean[j] = ODD ? mean[j] / n : mean[j] * (1.f / P);
+  page_sum(w.part[1], [&](int i, int j) {
+    const float x = counts(i) ? key(i, j) - mean[j] : 0.f;
+    return x * x;
+  }, own);
+#pragma unroll
+  for (int j = 0; j < 4; j++) own[j] = kind == 0 ? mean[j] : ODD ? own[j] / n : own[j] * (1.f / P);
+  if (kind != 2) return;
+  float x[P / STRIDE][4];
+#pragma unroll
+  for (int i = 0; i < P / STRIDE; i++) get_four(w.square[i] + ch, x[i]);
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    own[j] = x[0][j];
+#pragma unroll
+    for (int i = 1; i < P / STRIDE; i++) own[j] += x[i][j];
+    own[j] *= 1.f / (P / STRIDE);
+  }
+}
+// the same from the page's rows; returns the tokens that count in none
+DEVICE u64 page_stats(const Call& c, const Page& p, Sums& w, Marks& m, float (&own)[4]) {
+  if (threadIdx.x < 2) {
+    const i64 left = c.sinks - p.index * P - 32 * int(threadIdx.x);
+    m.odd[threadIdx.x] = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0, m.bad[threadIdx.x] = 0;
+  }
+  const u32 tid = threadIdx.x;
+  constexpr int LOADS = P * OCTETS / THREADS;
+  uint2 k[TOKENS];
+  uint4 v[LOADS];
+  Samples samples;
+  samples.load(c, p);
+  load_rows(Source(c, p, false), [&](int i) { return int(4 * i + min(tid / QUADS, 3u)); },
+            [&](int) { return int(tid % QUADS * 4); }, k);
+  load_rows(Source(c, p, true), [&](u32 i) { return int((i * THREADS + tid) / OCTETS); },
+            [&](u32 i) { return int((i * THREADS + tid) % OCTETS * 8); }, v);
+  u32 top = 0;
+#pragma unroll
+  for (int i = 0; i < TOKENS; i++) top = larger(larger(top, k[i].x), k[i].y);
+  samples.put(c, p, w.square);
+#pragma unroll
+  for (const uint4& x : v) top = larger(larger(larger(larger(top, x.x), x.y), x.z), x.w);
+  if (__syncthreads_or(!(wide_low(top) <= FP16_MAX && wide_high(top) <= FP16_MAX))) mark(c, p, m);
+  const u64 odd = m.all();
+  if (odd) own_stats<true>(w, k, odd, own);
+  else own_stats<false>(w, k, 0, own);
+  return odd;
 }

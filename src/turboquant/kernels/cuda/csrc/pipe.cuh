@@ -2,7 +2,6 @@
 #pragma once
 #include "ptx.cuh"
 
-DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 DEVICE void copy16(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }

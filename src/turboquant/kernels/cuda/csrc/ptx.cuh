@@ -24,12 +24,40 @@ DEVICE u32 low_nibbles_of(u32 a, u32 b) {  // of every byte the low half from a,
   asm("lop3.b32 %0, %1, %2, %3, 0xCA;" : "=r"(d) : "r"(0x0F0F0F0Fu), "r"(a), "r"(b));
   return d;
 }
-// a + b, rounded down, between 0 and 1
-DEVICE float add_down_saturated(float a, float b) {
+DEVICE float add_down(float a, float b) {  // rounded down
   float d;
-  asm("add.rm.sat.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+  asm("add.rm.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
 }
+// x / y, correctly rounded where both are far from the ends of the range: what the compiler's own division does there
+DEVICE float quotient(float x, float y) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(y));
+  r = fmaf(fmaf(-y, r, 1.f), r, r);
+  float q = x * r;
+  q = fmaf(fmaf(-y, q, x), r, q);
+  return fmaf(fmaf(-y, q, x), r, q);
+}
+// of two pairs of the model's 16-bit floats the larger magnitudes; a NaN stays one
+DEVICE u32 larger(u32 a, u32 b) {
+  u32 d;
+#if BF16
+  asm("{\n.reg .b32 x;\nabs.bf16x2 x, %2;\nmax.NaN.bf16x2 %0, %1, x;\n}" : "=r"(d) : "r"(a), "r"(b));
+#else
+  asm("{\n.reg .b32 x;\nabs.f16x2 x, %2;\nmax.NaN.f16x2 %0, %1, x;\n}" : "=r"(d) : "r"(a), "r"(b));
+#endif
+  return d;
+}
+DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+struct Bytes {  // in shared memory, numbered from `first` on; an address takes one instruction
+  u32 at;
+  DEVICE Bytes(const u8* p, u32 first) : at(shared_address(p) - first) {}
+  DEVICE u32 operator[](u32 i) const {
+    u32 x;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(at + i) : "memory");
+    return x;
+  }
+};
 // of a warp's numbers
 DEVICE int warp_max(int x) { return __reduce_max_sync(~0u, x); }
 DEVICE int warp_sum(int x) { return __reduce_add_sync(~0u, x); }
@@ -62,6 +90,12 @@ DEVICE u32 add_behind(u32* counter) {
   u32 before;
   asm volatile("atom.add.acq_rel.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
+}
+DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+DEVICE void wait_until(const u32* at, u32 least) {  // for other blocks, whose results are then seen
+  u32 x;
+  do asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+  while (x < least);
 }
 DEVICE u64 shuffled(u64 x, int lane) {
   return u64(__shfl_sync(~0u, u32(x >> 32), lane)) << 32 | __shfl_sync(~0u, u32(x), lane);

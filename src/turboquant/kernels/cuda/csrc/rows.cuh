@@ -7,22 +7,24 @@
 constexpr int P = 64, ROW_THREADS = THREADS / P, SIXTEENS = D / 16, OWN = 16 / ROW_THREADS, TRIALS = 8;
 constexpr int ROW_PITCH = D + 4;  // floats: 16 bytes of eight rows lie in different banks
 constexpr int OCTETS = D / 8, OCTET_PITCH = ((OCTETS + 3) / 4 | 1) * 4;
-constexpr int STRIDE = 8, PITCH = ((D / 2 + 15) / 32 * 32 + 16) * 2;  // of reader samples; of keys: two rows fill all banks
+constexpr int STRIDE = 8;  // of reader samples
 constexpr float FP16_MAX = 65504.f;
 constexpr u32 COUNT = 1u << 23;  // units of a segment are added below, numbers counted above
+constexpr int CLEARED = (MAX_SEGMENTS * P / 4 + THREADS - 1) / THREADS;  // by each thread, four words at a time
+constexpr float WHOLE = 12582912.f;  // 1.5·2^23: adding it, rounded down, leaves the whole part in the low bits
 
 struct Lookup {
-  u8 segment[SEARCH_REACH + 8];  // of a cell of |y|: the levels of all trials are the same within one
-  u8 codes[2 * CODE_REACH / CODE_STEP + 8];
+  __align__(16) u8 segment[SEARCH_REACH + 16];  // of a cell of |y|: the levels of all trials are the same within one
+  u8 codes[2 * CODE_REACH / CODE_STEP + 16];
 };
-struct Work {  // of a block, in shared memory: first the keys, then what becomes of the rows
+struct __align__(16) Sums {
+  float part[2][4][D], square[P / STRIDE][D];  // of the tokens of a class; of the reader samples
+};
+struct Work {  // of a block, in shared memory: first sums of the statistics, then what becomes of the rows
   union {
-    struct {
-      u16 keys[P][PITCH];
-      float square[P / STRIDE][D];  // of the reader samples
-    };
+    Sums sums;
     float rows[P][ROW_PITCH];
-    u32 found[MAX_SEGMENTS][P];
+    u32 found[CLEARED * THREADS * 4 / P][P];
     u32 octets[ROW_THREADS][P][OCTET_PITCH];
     u8 bytes[P][D + 4];
   };
@@ -137,12 +139,14 @@ template <int BITS> DEVICE void scales_of(const float (&y)[SIXTEENS][OWN], Work&
   const int row = threadIdx.x % P, h = threadIdx.x / P;
   w.part[0][h][row] = share([&](int k, int p) { return y[k][p] * y[k][p]; });
   __syncthreads();  // rows have been read
-  for (int i = threadIdx.x; i < S::SEGMENTS * P / 4; i += THREADS) ((uint4*)w.found)[i] = uint4{};
+#pragma unroll
+  for (int i = 0; i < CLEARED; i++) ((uint4*)w.found)[i * THREADS + threadIdx.x] = uint4{};
   __syncthreads();
   const float square = joined(w.part[0]);
   const float norm = __fsqrt_rn(square / float(D)), per_unit = norm > 0 ? float(SEARCH_UNITS) / norm : 0.f;
   const float scaled = per_unit * 0x1p-15f;
-  u32* own = w.found[0] + row;
+  u8* own = (u8*)(w.found[0] + row);
+  const Bytes segment_of(w.look.segment, COUNT / SEARCH_CELL);
 #pragma unroll
   for (int k = 0; k < SIXTEENS; k++) {
     u32 units[OWN], segment[OWN];  // look-ups first, for they may not pass the sums
@@ -153,10 +157,10 @@ template <int BITS> DEVICE void scales_of(const float (&y)[SIXTEENS][OWN], Work&
       float t = __saturatef(fabsf(y[k][p]) * scaled);
       if (D > 128) t = fminf(t, 32767.f / 32768.f);
       units[p] = __float_as_uint(fmaf(t, 0x1p-134f, 0x1p-126f));  // with COUNT
-      segment[p] = w.look.segment[units[p] / SEARCH_CELL - COUNT / SEARCH_CELL];
+      segment[p] = segment_of[units[p] / SEARCH_CELL];
     }
 #pragma unroll
-    for (int p = 0; p < OWN; p++) atomicAdd(own + segment[p] * P, units[p]);
+    for (int p = 0; p < OWN; p++) atomicAdd((u32*)(own + segment[p] * u32(4 * P)), units[p]);
   }
   __syncthreads();
   if (h == 0) {
@@ -169,7 +173,7 @@ template <int BITS> DEVICE void scales_of(const float (&y)[SIXTEENS][OWN], Work&
     float best = 0, overlap = 0;
 #pragma unroll
     for (int t = 0; t < TRIALS; t++) {  // the first of equals
-      const float x = float(int(dot[t])), fit = x * x / float(int(size[t]));
+      const float x = float(int(dot[t])), fit = quotient(x * x, float(int(size[t])));
       if (fit > best) best = fit, overlap = x;
     }
     w.scale[row] = divided(square, overlap * S::unit() * (norm / float(SEARCH_UNITS)));
@@ -179,7 +183,10 @@ template <int BITS> DEVICE void scales_of(const float (&y)[SIXTEENS][OWN], Work&
 // Codes to the page: octets, that is eight codes in BITS bytes, put together from the threads of a row.
 template <int BITS> DEVICE void write_octets(const Work& w, u8* codes) {
   if constexpr (BITS == 4 && OCTETS % 4 == 0) {
-    for (int i = threadIdx.x; i < P * OCTETS / 4; i += THREADS) {
+#pragma unroll
+    for (int n = 0; n < (P * OCTETS / 4 + THREADS - 1) / THREADS; n++) {
+      const u32 i = n * THREADS + threadIdx.x;
+      if (P * OCTETS / 4 % THREADS && i >= P * OCTETS / 4) break;
       uint4 all = {};
 #pragma unroll
       for (int h = 0; h < ROW_THREADS; h++) {
@@ -229,18 +236,23 @@ template <int BITS> DEVICE u16 encode_rows(Work& w, u64 odd, u8* log_scale, u8* 
     for (int i = threadIdx.x; i < P * D / 4; i += THREADS)
       ((u32*)codes)[i] = *(const u32*)(w.bytes[i / (D / 4)] + i % (D / 4) * 4);
   } else {
-    const float per_cell = a > 0 ? float(CODE_CELLS) / a : 0.f, scaled = per_cell / float(2 * CODE_REACH);
+    const float per_cell = a > 0 ? float(CODE_CELLS) / a : 0.f;
+    if (__builtin_expect(odd >> row & 1 || base == FP16_MAX, 0))  // it may lie beyond the table, where others cannot
+#pragma unroll
+      for (int k = 0; k < SIXTEENS; k++)
+#pragma unroll
+        for (int p = 0; p < OWN; p++) y[k][p] = fminf(fmaxf(y[k][p], -8 * a), 8 * a);
+    const Bytes code_of(w.look.codes, (__float_as_uint(WHOLE) - CODE_REACH) / CODE_STEP);
     u32 octet[OCTET_PITCH] = {};
 #pragma unroll
     for (int k = 0; k < SIXTEENS; k++) {
       u32 x[OWN];
 #pragma unroll
       for (int p = 0; p < OWN; p++) {
-        // the cell from -CODE_REACH on, rounded down and kept within the reach; whole as above. A table entry has the
-        // code of CODE_STEP cells in its high half, less their number, and what the edge between them lacks of a step.
-        const float t = add_down_saturated(y[k][p] * scaled, 0.5f);
-        const u32 cell = __float_as_uint(__fmul_rz(t, 2 * CODE_REACH * 0x1p-149f));
-        x[p] = w.look.codes[cell / CODE_STEP] + cell;  // bits 4 to 7: the code
+        // the cell, rounded down. A table entry has the code of CODE_STEP cells in its high half, less their number,
+        // and what the edge between them lacks of a step.
+        const u32 cell = __float_as_uint(add_down(y[k][p] * per_cell, WHOLE));
+        x[p] = code_of[cell / CODE_STEP] + cell;  // bits 4 to 7: the code
       }
 #pragma unroll
       for (int o = 0; o < 2; o++) {

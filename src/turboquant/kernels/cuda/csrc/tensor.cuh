@@ -35,7 +35,6 @@ DEVICE void mma_16(float c[4], const u32 a[4], u32 b0, u32 b1) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // ---- copies of 16-byte multiples from global to shared memory, in order; `wait` returns when the n-th has come
-DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 // how far behind `to` a copy must begin to lie in its 128 bytes as `from` does: such copies are faster
 DEVICE int shift_to(const void* from, const void* to) { return int(u32(u64(from)) - shared_address(to)) & 112; }
 #if __CUDA_ARCH__ >= 900
