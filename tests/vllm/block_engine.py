@@ -25,8 +25,8 @@ class Engine:
         kv = parse_recipe(recipe).kv
         self.layout = BlockLayout(kv, D, dtype)
         self.tail = Tail(self.layout, H)
-        config = SimpleNamespace(enable_prefix_caching=True, prefix_cache_retention_interval=0)
-        self.spec = self.tail.get_kv_cache_spec(SimpleNamespace(cache_config=config))
+        cache = SimpleNamespace(enable_prefix_caching=True, prefix_cache_retention_interval=0)
+        self.spec = self.tail.get_kv_cache_spec(SimpleNamespace(cache_config=cache, speculative_config=None))
         self.pool = torch.full((blocks, H, 1, self.layout.row), 0xFF, dtype=torch.uint8)  # NaN in every dtype
         self.tail.bind_kv_cache(self.pool)
         layer = SimpleNamespace(num_heads=H * G, num_kv_heads=H, head_size=D, sliding_window=window, has_sink=False)

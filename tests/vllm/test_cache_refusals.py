@@ -7,18 +7,27 @@ import torch
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
+from turboquant.integrations.vllm import draft
 from turboquant.integrations.vllm.attention import VllmError, check, refusal, sweep
 from turboquant.recipe import parse_recipe
 
 KV = parse_recipe("kv4").kv
 
 
+DRAFT = SimpleNamespace(method="draft_model")
+
+
+def parallel(**given):
+    sizes = ("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size")
+    return SimpleNamespace(**(dict.fromkeys(sizes, 1) | given))
+
+
 def config(**given):
-    parallel = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1)
     scheduler = SimpleNamespace(disable_hybrid_kv_cache_manager=False)
-    made = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None, scheduler_config=scheduler)
+    made = SimpleNamespace(parallel_config=parallel(), kv_transfer_config=None, scheduler_config=scheduler)
     cache = SimpleNamespace(cache_dtype="auto")
-    vars(made).update({"speculative_config": None, "cache_config": cache} | given)
+    device = SimpleNamespace(device_type="cpu")
+    vars(made).update({"speculative_config": None, "cache_config": cache, "device_config": device} | given)
     return made
 
 
@@ -66,20 +75,53 @@ def test_layers(made, words):
         ({"kv_transfer_config": object()}, "KV connectors"),
         ({"cache_config": SimpleNamespace(cache_dtype="turboquant_4bit_nc")}, "turboquant_4bit_nc"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "drafts by 'eagle3'"),
-        ({"speculative_config": SimpleNamespace(method="draft_model")}, "first of several KV cache groups"),
-        ({"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}, "hybrid-kv-cache-manager"),
+        ({"speculative_config": DRAFT, "device_config": SimpleNamespace(device_type="cuda")}, "on CPUs"),
+        ({"speculative_config": DRAFT, "use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         (
-            {"parallel_config": SimpleNamespace(decode_context_parallel_size=2, prefill_context_parallel_size=1)},
-            "context parallelism",
+            {"speculative_config": DRAFT, "parallel_config": parallel(pipeline_parallel_size=2)},
+            "pipeline parallelism",
         ),
+        (
+            {"speculative_config": SimpleNamespace(method="draft_model", parallel_drafting=True, kv_cache_dtype="fp8")},
+            "parallel_drafting and a kv_cache_dtype of their own",
+        ),
+        ({"scheduler_config": SimpleNamespace(disable_hybrid_kv_cache_manager=True)}, "hybrid-kv-cache-manager"),
+        ({"parallel_config": parallel(decode_context_parallel_size=2)}, "context parallelism"),
     ],
 )
 def test_configurations(given, words):
     assert words in refusal(layer(), KV, config(**given))
 
 
-def test_drafts_by_ngrams_are_served():
-    assert refusal(layer(), KV, config(speculative_config=SimpleNamespace(method="ngram"))) is None
+def test_drafts_are_served():
+    for method in ("ngram", "draft_model"):
+        assert refusal(layer(), KV, config(speculative_config=SimpleNamespace(method=method))) is None
+
+
+class Plain:
+    """A builder of vLLM's."""
+
+    def __init__(self, *layers):
+        self.layer_names = layers
+
+    def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+        return common_attn_metadata.block_table_tensor
+
+
+def test_a_draft_model_gets_the_table_of_its_own_group_or_an_error():
+    step = draft.Step("layers.0", 64)
+    kinds = [type("", (kind, Plain), {"step": step}) for kind in (draft.FirstBuilder, draft.DraftBuilder)]
+    first, second, own = kinds[0]("layers.0"), kinds[0]("layers.1"), kinds[1]("draft_model.layers.0")
+    tables = [torch.full((2, 3), i) for i in range(3)]
+    kept, other, its = (SimpleNamespace(block_table_tensor=t, slot_mapping=t[0]) for t in tables)
+    assert torch.equal(first.build(0, kept), tables[0]) and torch.equal(second.build(0, other), tables[1])
+    assert torch.equal(own.build(0, its), tables[2])
+    assert kept.block_table_tensor is tables[2] and kept.slot_mapping is its.slot_mapping
+    assert other.block_table_tensor is tables[1]
+    kept.block_table_tensor = tables[2][:1]  # of fewer requests
+    assert torch.equal(own.build(0, kept, True), tables[2][:1])
+    with pytest.raises(RuntimeError, match="block table of another KV cache group"):
+        own.build(0, other, True)
 
 
 def test_an_old_vllm(monkeypatch):

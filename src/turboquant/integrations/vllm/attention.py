@@ -12,10 +12,11 @@ from typing import Any
 import vllm
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from turboquant.integrations.vllm import metrics
+from turboquant.integrations.vllm import draft, metrics
 from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.device import most_tokens
 from turboquant.integrations.vllm.pages import FLOATS, TAIL, TurboQuantImpl, backend
@@ -46,6 +47,10 @@ def install(layer: Any, prefix: str, kv: KVRecipe) -> None:
     if _ours(layer):
         return
     config = get_current_vllm_config()
+    if draft.drafts(prefix, layer, config):
+        raise VllmError(
+            f"{prefix}: draft models keep vLLM's cache; {kv.name!r} is for others, leave it out of the recipe"
+        )
     why = refusal(layer, kv, config)
     if why is not None:
         raise VllmError(f"{prefix}: a {kv.name!r} cache cannot be served: {why}")
@@ -72,20 +77,33 @@ def sweep(config: Any, kv_of: Callable[[str], KVRecipe | None]) -> None:
     are not asked for by name; called whenever another layer is asked for.
     """
     for name, layer in list(config.compilation_config.static_forward_context.items()):
-        kv = kv_of(name) if isinstance(layer, LAYERS) and not layer.is_draft_layer else None
+        kv = kv_of(name) if isinstance(layer, LAYERS) and not draft.drafts(name, layer, config) else None
         if kv is not None:
             install(layer, name, kv)
 
 
 def check(config: Any) -> None:
-    """Raises:
-    VllmError: a layer has a recipe and not our cache.
+    """Called when the model and its draft model are complete, before vLLM asks for their backends.
+
+    Raises:
+        VllmError: a layer has a recipe and not our cache; the draft model cannot be served beside it.
     """
     kv_of = getattr(config.quant_config, "kv_of", lambda name: None)
-    layers = config.compilation_config.static_forward_context.items()
-    left = [n for n, x in layers if isinstance(x, LAYERS) and not x.is_draft_layer and kv_of(n) and not _ours(x)]
+    context = config.compilation_config.static_forward_context
+    layers = {n: x for n, x in context.items() if isinstance(x, AttentionLayerBase)}
+    theirs = {n: layers.pop(n) for n in list(layers) if draft.drafts(n, layers[n], config)}
+    left = [n for n, x in layers.items() if isinstance(x, LAYERS) and kv_of(n) and not _ours(x)]
     if left:
         raise VllmError(f"{', '.join(left)}: this model builds them in a way in which they cannot get our cache")
+    if getattr(config.speculative_config, "method", None) != "draft_model":
+        return
+    ours = {n: x for n, x in layers.items() if _ours(x)}
+    left = [n for n, x in layers.items() if n not in ours and not isinstance(x, Tail)]
+    if left:
+        raise VllmError(f"{', '.join(left)}: with a draft model every layer must have our cache, this one keeps vLLM's")
+    name, first = next(iter(ours.items()))
+    unit = max(x.num_kv_heads * x.impl.layout.row for x in ours.values())
+    draft.serve(name, [x for x in ours.values() if x.attn_backend is first.attn_backend], list(theirs.values()), unit)
 
 
 def _ours(layer: Any) -> bool:
@@ -165,11 +183,11 @@ def _refused_by_config(config: Any) -> str | None:
         return "context parallelism splits pages between ranks"
     if config.kv_transfer_config is not None:
         return "KV connectors do not carry the tail"
-    draft = getattr(config.speculative_config, "method", None)
-    if draft == "draft_model":  # its tokens would go where ours stand
-        return "vLLM has draft models write to blocks of the first of several KV cache groups; use n-gram drafts"
-    if draft not in (None, "ngram"):
-        return f"drafts by {draft!r} are not tested with it; n-gram drafts are"
+    method = getattr(config.speculative_config, "method", None)
+    if method not in (None, "ngram", "draft_model"):
+        return f"drafts by {method!r} are not tested with it; n-gram drafts and draft models are"
+    if method == "draft_model" and (why := draft.refusal(config)):
+        return why
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         return "the tail is a KV cache group of its own: --disable-hybrid-kv-cache-manager must not be given"
     return None

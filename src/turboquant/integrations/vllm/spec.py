@@ -22,7 +22,8 @@ class TailSpec(SlidingWindowSpec):
 
     Attributes:
         sink_blocks: blocks at the beginning of a sequence that stay.
-        margin: tokens before the window that are there at the end of a step: a page, for a hit ends at a page.
+        margin: tokens before the window that are there at the end of a step: a page, for a hit ends at a page, and what
+            vLLM adds to a step for a draft model's tokens.
         interval: tokens between the points within a prompt where a prefix hit may end, 0 for none.
     """
 

@@ -73,7 +73,7 @@ class Tail(AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: Any) -> TailSpec:
         if self.check is not None:  # the model is complete now
             self.check(vllm_config)
-        layout = self.layout
+        layout, drafts = self.layout, vllm_config.speculative_config
         return TailSpec(
             block_size=layout.tokens,
             num_kv_heads=self.kv_heads,
@@ -83,7 +83,7 @@ class Tail(AttentionLayerBase):
             tokens_per_state=layout.tokens,
             sliding_window=layout.window,
             sink_blocks=layout.sink_blocks,
-            margin=layout.kv.page,
+            margin=layout.kv.page + (drafts.num_speculative_tokens if drafts else 0),
             interval=interval(vllm_config.cache_config, layout.kv.page),
         )
 
