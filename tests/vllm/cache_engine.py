@@ -1,14 +1,10 @@
-"""Runs vLLM engines one after the other in a process of their own: `python cache_engine.py jobs.json results.json`."""
+"""What test_cache_engine.py has engines do, in the process of engine_process.py."""
 
-import gc
-import json
-import sys
+from engine_process import clean
 
 
 def run(job):
     from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.platforms import current_platform
 
     settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 64 << 20} | job["settings"]
     if job["recipe"]:
@@ -44,10 +40,7 @@ def run(job):
             for g in core.scheduler.kv_cache_config.kv_cache_groups
         ]
     del llm, core
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    # registered once a process; a second time vLLM would search every module again, and stumble over some of torch's
-    type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+    clean()
     return result
 
 
@@ -68,17 +61,8 @@ def attempt(job):
     if not job.get("raises"):
         return run(job)
     try:
-        run(job)
+        return run(job) | {"error": None}
     except Exception as error:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()  # for the next engine
-        return {"error": f"{type(error).__name__}: {error}"}
-    return {"error": None}
-
-
-if __name__ == "__main__":
-    with open(sys.argv[1]) as f:
-        jobs = json.load(f)
-    with open(sys.argv[2], "w") as f:
-        json.dump([attempt(job) for job in jobs], f)
+        found = {"error": f"{type(error).__name__}: {error}"}
+    clean()
+    return found

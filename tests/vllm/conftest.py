@@ -1,6 +1,6 @@
 """What tests of the vLLM plugin share. `make test-vllm` runs them in an environment of their own, with vLLM for CPUs.
 
-Each engine is a process of its own: vLLM pins threads and keeps what it has started.
+Engines run one after the other in a process beside pytest's (engine_process.py): vLLM pins threads.
 """
 
 import json
@@ -35,36 +35,6 @@ SMALL = {  # arguments of the engine in every test
     "max_model_len": 1024,
     "disable_log_stats": False,
 }
-PREAMBLE = """\
-import gc, json, sys
-if __name__ == "__main__":
-    import torch
-    from vllm import LLM, SamplingParams, TokensPrompt
-    job = json.load(sys.stdin)
-    params = job["params"]
-    def logprobs(llm, ids):
-        "Of each token after the first, given those before it."
-        greedy = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        out = llm.generate([TokensPrompt(prompt_token_ids=ids)], greedy, use_tqdm=False)[0]
-        return [p[i].logprob for p, i in zip(out.prompt_logprobs[1:], ids[1:], strict=True)]
-    def greedy(llm, prompts, n):
-        "Greedy tokens after each prompt of token ids."
-        how = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
-        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in prompts]
-        return [list(o.outputs[0].token_ids) for o in llm.generate(prompts, how, use_tqdm=False)]
-    def make(model, recipe=None, **llm):
-        "One more engine in this process; `close` it before the next."
-        options = job["small"] | {"model": model} | llm
-        if recipe is not None:
-            config = {"quant_method": "turboquant"} | (recipe if isinstance(recipe, dict) else {"recipe": recipe})
-            options["hf_overrides"] = {"quantization_config": config}
-        return LLM(**options)
-    def close(llm):
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-    llm = make(**job["llm"]) if job["llm"] else None
-"""
 
 
 class EngineError(AssertionError):
@@ -92,29 +62,64 @@ def _end(pid):
         os.killpg(pid, signal.SIGKILL)
 
 
+class Process:
+    """engine_process.py, running."""
+
+    def __init__(self, folder, env):
+        self.folder, self.count, self.log = folder, 0, folder / "log"
+        script = Path(__file__).with_name("engine_process.py")
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script)], env=os.environ | ENV | env, text=True, stdin=subprocess.PIPE,
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def run(self, job, timeout):
+        self.count += 1
+        out, end = self.folder / f"{self.count}.json", time.monotonic() + timeout
+        self.process.stdin.write(json.dumps(job | {"out": str(out)}) + "\n")
+        self.process.stdin.flush()
+        while not out.exists():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.end()
+                raise EngineError(f"no result within {timeout} s:\n{self.log.read_text()[-12000:]}")
+            time.sleep(0.02)
+        found = json.loads(out.read_text())
+        if "error" in found:
+            raise EngineError(f"{self.log.read_text()[-4000:]}\n{found['error']}")
+        return found["result"]
+
+    def end(self):
+        _end(self.process.pid)
+        self.process.wait()
+
+
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory):
     """engine(code, model, recipe=None, env={}, llm={}, **params) -> what `code` puts into `result`.
 
-    The code runs in a process of its own, with the engine `llm`, `params`, and the helpers of PREAMBLE. With
-    model=None it makes its engines itself: starting a process costs more than starting a small engine.
+    The code runs in the process of engine_process.py, one for all tests, or with `env` in one of its own. With
+    model=None it makes its engines itself.
     """
-    folder = tmp_path_factory.mktemp("engines")
+    shared = []
 
-    def run(code, model, recipe=None, env=None, llm=None, timeout=240, **params):
-        script = folder / f"{len(list(folder.iterdir()))}.py"
-        body = textwrap.indent(textwrap.dedent(code), "    ")
-        script.write_text(PREAMBLE + body + '\n    print("RESULT" + json.dumps(result))\n')
+    def run(code, model, recipe=None, env=None, llm=None, timeout=600, **params):
         options = None if model is None else {"model": str(model), "recipe": recipe} | (llm or {})
-        job = json.dumps({"llm": options, "small": SMALL, "params": params})
-        code, out, err = _run([sys.executable, str(script)], os.environ | ENV | (env or {}), job, timeout)
-        found = [line for line in out.splitlines() if line.startswith("RESULT")]
-        if code or not found:
-            raise EngineError(f"{out[-2000:]}\n{err[-12000:]}")
-        return json.loads(found[-1].removeprefix("RESULT"))
+        job = {"code": textwrap.dedent(code), "llm": options, "small": SMALL, "params": params}
+        if env:
+            own = Process(tmp_path_factory.mktemp("engines"), env)
+            try:
+                return own.run(job, timeout)
+            finally:
+                own.end()
+        if not shared or shared[-1].process.poll() is not None:
+            shared.append(Process(tmp_path_factory.mktemp("engines"), {}))
+        return shared[-1].run(job, timeout)
 
     run.Error = EngineError
-    return run
+    yield run
+    for process in shared:
+        process.end()
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,11 @@ from turboquant.integrations.vllm.metrics import HELP
 
 
 @pytest.fixture(scope="module")
-def server(serve, smollm2):
-    """(url, get) of a server of SmolLM2 with quantized layers and cache."""
+def server(serve, packed, smollm2):
+    """(url, get) of a server of SmolLM2 with quantized layers and cache, packed before."""
     args = ("--max-model-len", "2048", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16")
     memory = ("--kv-cache-memory-bytes", str(256 << 20), "--served-model-name", "smollm2")
-    with serve(str(smollm2), "--recipe", "w8a8kv4", "--", *args, *memory) as found:
+    with serve(str(packed(smollm2, "w8a8kv4")), "--", *args, *memory) as found:
         yield found
 
 
@@ -95,7 +95,7 @@ def test_every_rank_reports_every_metric(serve, chat_llama, prose):
     """Two API servers (prometheus_client's multiprocess mode) before two ranks."""
     ranks = ("--tensor-parallel-size", "2", "--api-server-count", "2", "--served-model-name", "tiny")
     small = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20))
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
     with serve(str(chat_llama), "--recipe", "w4a4kv4", "--", *ranks, *small, env=env) as (url, get):
         complete(url, prose[:1500] + " the" * 600, "tiny")
         rows = reported(url, get, "tiny")
