@@ -39,7 +39,10 @@ def settings(cache: str, model: str, shapes: list[tuple[int, int]], args: argpar
         "model": model, "load_format": "dummy", "skip_tokenizer_init": True, "max_num_seqs": max(b for b, _ in shapes),
         "max_model_len": max(n for _, n in shapes) + args.tokens + 8, "gpu_memory_utilization": args.memory,
         "compilation_config": {"mode": args.compile, **graph}, "disable_log_stats": False,
+        "tensor_parallel_size": args.tensor_parallel,
     }  # fmt: skip
+    if args.tensor_parallel > 1:
+        out["distributed_executor_backend"] = args.backend
     if args.cache_gib:
         out |= {"kv_cache_memory_bytes": int(args.cache_gib * 2**30), "gpu_memory_utilization": 0.2}
     if args.eager:
@@ -105,10 +108,15 @@ def run(args: argparse.Namespace) -> None:
         "cache": cache, "device": vllm.platforms.current_platform.get_device_name(), "vllm": vllm.__version__,
         "torch": torch.__version__, "graphs": str(made.compilation_config.cudagraph_mode), "start_s": ready,
         "blocks": made.cache_config.num_gpu_blocks, "capacity": made.cache_config.kv_cache_size_tokens,
+        "ranks": args.tensor_parallel, "backend": args.backend if args.tensor_parallel > 1 else None,
     }  # fmt: skip
     for batch, length in shapes:
         decode(llm, batch, min(length, 256), 16, config["vocab_size"])  # what is compiled at first use
         print("ROW " + json.dumps(row | decode(llm, batch, length, args.tokens, config["vocab_size"])), flush=True)
+    if args.tensor_parallel > 1 and args.backend == "ray":
+        import ray
+
+        ray.shutdown()  # with what it has started
     sys.stdout.flush()
     os._exit(0)  # an engine takes its time to end
 
@@ -121,6 +129,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=0.9, help="share of the GPU's memory")
     parser.add_argument("--cache-gib", type=float, help="of the cache, instead of --memory")
     parser.add_argument("--compile", type=int, default=0, help="vLLM's compilation mode, 3 for its default")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks, a GPU each")
+    parser.add_argument("--backend", choices=("mp", "ray"), default="mp", help="what starts the ranks")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -134,6 +144,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", "--cache", cache, "--tokens", str(args.tokens)]
         command += [x for s in args.shape for x in ("--shape", s)] + ["--tiny"] * args.tiny + ["--eager"] * args.eager
         command += ["--memory", str(args.memory), "--compile", str(args.compile)]
+        command += ["--tensor-parallel", str(args.tensor_parallel), "--backend", args.backend]
         command += ["--cache-gib", str(args.cache_gib)] if args.cache_gib else []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for line in process.stdout or ():
