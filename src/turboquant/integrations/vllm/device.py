@@ -1,8 +1,8 @@
-"""A step on a GPU: decoding rows together, positions and block tables on the device; prompts one by one.
+"""A step on a GPU: decoding rows together, positions and block tables on the device; prompts in chunks.
 
 Decoding reads nothing back to the host, so vLLM captures it in a CUDA graph: the tensors of a `Step` are the builder's,
-at the same place at every step, and every layer's part of the pool stays where it is. A prompt is appended first, in
-chunks that end where a prefix hit may, then attended to in one piece (prompt.py).
+at the same place at every step, and every layer's part of the pool stays where it is. Prompts are appended first, in
+chunks that end where a prefix hit may, then each is attended to in one piece (prompt.py).
 
 What a query reads is what `plan` has it read: the newest `ring` tokens and the sinks in 16 bit, the others packed. The
 pieces of a plan do not matter for that where the ring holds a page, which is what `obstacle` asks.
@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.plan import order
-from turboquant.integrations.vllm.prompt import Prompt, attend
+from turboquant.integrations.vllm.prompt import Prompt, Prompts, attend, grouped
 from turboquant.kernels import ops
 
 DECODE = 8  # most new tokens of a row that goes together with others: not above `MAX_TOKENS` of kernels/cuda/attention
@@ -100,7 +100,7 @@ class Step:
 
     table: Tensor
     start: Tensor
-    work: list[Rows | Prompt] = field(default_factory=list)
+    work: list[Rows | Prompts] = field(default_factory=list)
 
 
 class Steps:
@@ -136,6 +136,7 @@ class Steps:
         starts = [n - c for n, c in zip(lengths, counts, strict=True)]
         after = order(self.layout, starts, counts, table)
         for now in range(max(after) + 1):
+            prompts: list[Prompt] = []
             for run in runs:
                 here = [one for one in run.each() if after[one.row] == now]
                 for some in [run] if len(here) == run.count and run.n <= most else here:
@@ -143,7 +144,8 @@ class Steps:
                         step.work.append(some)
                         continue
                     at = some.row, some.token, starts[some.row], some.n
-                    step.work.append(Prompt.of(self.layout, *at, self.interval, self.device))
+                    prompts.append(Prompt.of(self.layout, *at, self.interval, self.device))
+            step.work.extend(grouped(prompts))
         return step
 
 
@@ -190,7 +192,7 @@ def run(impl: Any, step: Step, pages: Tensor, page_table: Tensor, q: Tensor, k: 
     for w in step.work:
         own = w.rows
         page_ids, table, start = page_table[own], step.table[own], step.start[own]
-        if isinstance(w, Prompt):
+        if isinstance(w, Prompts):
             attend(impl, w, pages, page_ids, table, start, q[w.tokens], k[w.tokens], v[w.tokens], out[w.tokens])
             continue
         args = (heads_of(q, w), heads_of(k, w), heads_of(v, w), None)

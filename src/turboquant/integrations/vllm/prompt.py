@@ -1,13 +1,14 @@
-"""Attention of a prompt's tokens on a GPU: packed pages through a 16-bit workspace, the newest as they came.
+"""Prompts on a GPU: appended together, each attended to by itself: packed pages through a 16-bit workspace, the newest
+tokens as they came.
 
 The query at t reads token j in 16 bit if j > t - R or j is a sink, else packed: two products of vLLM's flash attention
 (causal to t - R, with the sinks put into the workspace as they are; a window of R tokens), merged by logsumexp.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, reduce
-from itertools import chain, pairwise
+from itertools import groupby, pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -46,14 +47,6 @@ class Prompt:
     chunks: Sequence[tuple[int, int]]
     recent: Tensor
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.row, self.row + 1)
-
-    @property
-    def tokens(self) -> slice:
-        return slice(self.token, self.token + self.n)
-
     @classmethod
     def of(
         cls, layout: BlockLayout, row: int, token: int, start: int, n: int, interval: int, device: torch.device
@@ -64,6 +57,53 @@ class Prompt:
         ends = [0, *cuts, n]
         recent = torch.arange(max(0, start - kv.ring + 1), start, device=device) % kv.ring_slots
         return cls(row, token, start, n, list(pairwise(ends)), recent)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of rows that follow one another."""
+
+    each: Sequence[Prompt]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.each[0].row, self.each[-1].row + 1)
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.each[0].token, self.each[-1].token + self.each[-1].n)
+
+    @property
+    def own(self) -> list[slice]:
+        """Tokens of each of them, from the first's on."""
+        return [slice(p.token - self.each[0].token, p.token - self.each[0].token + p.n) for p in self.each]
+
+    def rounds(self) -> Iterator[tuple[slice, list[int], int]]:
+        """What is appended at a time, in order: the n tokens from `at` on of each of some of the rows that follow one
+        another, as (rows, at, n), both counted from the first's on.
+
+        >>> one, two = (Prompt(i, 7 * i, 0, 7, [(0, 4), (4, 7 - i)], None) for i in range(2))
+        >>> list(Prompts([one, two]).rounds())
+        [(slice(0, 2, None), [0, 7], 4), (slice(0, 1, None), [4], 3), (slice(1, 2, None), [11], 2)]
+        """
+        begins = [own.start for own in self.own]
+        for chunks in zip_longest(*(p.chunks for p in self.each), fillvalue=(0, 0)):
+            row = 0
+            for n, same in groupby(last - first for first, last in chunks):
+                rows = slice(row, row := row + len(list(same)))
+                if n:
+                    yield rows, [b + first for b, (first, _) in zip(begins[rows], chunks[rows], strict=True)], n
+
+
+def grouped(prompts: Sequence[Prompt]) -> list[Prompts]:
+    """Those of neighbouring rows together."""
+    out: list[list[Prompt]] = []
+    for p in prompts:
+        if out and out[-1][-1].row + 1 == p.row:
+            out[-1].append(p)
+        else:
+            out.append([p])
+    return [Prompts(each) for each in out]
 
 
 def flash(impl: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, left: int | None) -> tuple[Tensor, Tensor]:
@@ -93,53 +133,87 @@ def _ends(length: int, device: torch.device) -> Tensor:
     return torch.tensor([0, length], dtype=torch.int32, device=device)
 
 
-def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two parts of one attention, each (n, Hq, d) and logsumexp (Hq, n), as one; rows without a token have -inf."""
+def merge(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Two parts of one attention, each (n, Hq, d) and logsumexp (Hq, n), as one, into `out` if given; rows without a
+    token have -inf.
+    """
     from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-    out, lse = torch.empty_like(first[0]), torch.empty_like(first[1])
+    out, lse = torch.empty_like(first[0]) if out is None else out, torch.empty_like(first[1])
     merge_attn_states(out, *first, *second, lse)
     return out, lse
 
 
 def attend(
-    impl: Any, prompt: Prompt, pages: Tensor, page_table: Tensor, table: Tensor, start: Tensor, q: Tensor, k: Tensor,
+    impl: Any, prompts: Prompts, pages: Tensor, page_table: Tensor, table: Tensor, start: Tensor, q: Tensor, k: Tensor,
     v: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
-    """Append a prompt's tokens, then attend: q, out (n, Hq, d), k, v (n, H, d), tables and start of its row."""
-    carrier, page = impl.tail.carrier, impl.layout.page(pages.shape[2])
-    qs, ks, vs = (x.transpose(0, 1)[None] for x in (q, k, v))
-    carrier.put(table, start, ks, vs)
+    """Append the tokens of prompts, then attend: q, out (n, Hq, d), k, v (n, H, d), tables and starts of their rows."""
+    carrier, page, own = impl.tail.carrier, impl.layout.page(pages.shape[2]), prompts.own
+    for i, of in enumerate(own):
+        carrier.put(table[i : i + 1], start[i : i + 1], *(x[of].transpose(0, 1)[None] for x in (k, v)))
     buf = carrier.gather(pages, page_table, table, start)
-    near = [torch.cat([ring[0].index_select(1, prompt.recent).transpose(0, 1), x.to(ring.dtype)])
-            for ring, x in ((buf.ring_k, k), (buf.ring_v, v))]  # fmt: skip
-    for first, last in prompt.chunks:
-        part = slice(first, last)
-        ops.cache_append(buf, page, qs[:, :, part], ks[:, :, part], vs[:, :, part], None)
-        carrier.keep(buf, table, start + first, last - first, impl.nonfinite)
-        buf.nonfinite.zero_()
-    out.copy_(attention(impl, prompt, page, buf, q.to(impl.layout.dtype), near[0], near[1]))
+    near = [newest(buf, i, p, k[of], v[of]) for i, (p, of) in enumerate(zip(prompts.each, own, strict=True))]
+    for rows, at, n in prompts.rounds():
+        some = part(buf, rows)
+        ops.cache_append(some, page, together(q, at, n), together(k, at, n), together(v, at, n), None)
+        carrier.keep(some, table[rows], some.length - n, n, impl.nonfinite)
+        some.nonfinite.zero_()
+    for i, (p, of) in enumerate(zip(prompts.each, own, strict=True)):
+        one = part(buf, slice(i, i + 1))
+        attention(impl, p, page, one, q[of].to(impl.layout.dtype), *near[i], out[of])
+
+
+def newest(buf: CacheBuffers, row: int, prompt: Prompt, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Keys and values (m + n, H, d) of `prompt.recent` and of the new tokens (n, H, d)."""
+    new = [x.to(buf.ring_k.dtype) for x in (k, v)]
+    if not len(prompt.recent):
+        return new
+    rings = [ring[row].index_select(1, prompt.recent).transpose(0, 1) for ring in (buf.ring_k, buf.ring_v)]
+    return [torch.cat(both) for both in zip(rings, new, strict=True)]
+
+
+def part(buf: CacheBuffers, rows: slice) -> CacheBuffers:
+    """The buffers of some rows, which share memory with `buf`."""
+    return CacheBuffers(
+        pages=buf.pages, **{f.name: getattr(buf, f.name)[rows] for f in fields(CacheBuffers) if f.name != "pages"}
+    )
+
+
+def together(x: Tensor, at: Sequence[int], n: int) -> Tensor:
+    """n tokens from each of `at` on, of x (T, heads, d) -> (G, heads, n, d): a view if these are equally far apart."""
+    apart = {b - a for a, b in pairwise(at)}
+    if len(apart) > 1:
+        return torch.stack([x[a : a + n] for a in at]).transpose(1, 2)
+    t, h, d = x.stride()
+    step = t * max(apart, default=n)
+    return x[at[0] :].as_strided((len(at), x.shape[1], n, x.shape[2]), (step, h, t, d))
 
 
 def attention(
-    impl: Any, prompt: Prompt, page: PageLayout, buf: CacheBuffers, q: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """(n, Hq, d) of a prompt whose pages are there.
+    impl: Any, prompt: Prompt, page: PageLayout, buf: CacheBuffers, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> None:
+    """Into `out` (n, Hq, d) of a prompt whose pages are there.
 
     Args:
         k, v: (m + n, H, d), the tokens of `recent` and the new ones.
     """
     ring, end, window = impl.layout.kv.ring, prompt.start + prompt.n, impl.window
     near = min(ring, window or ring)
-    parts: Iterator[tuple[Tensor, Tensor]] = iter([flash(impl, q, k, v, True, near - 1)])
     behind = end - ring  # tokens that the last query reads packed
     if behind > 0 and (window is None or window > ring):
         left = None if window is None else window - ring - 1
-        parts = chain(history(impl, prompt, page, buf, q, behind, left), parts)  # one at a time, as memory goes
-    out, lse = reduce(merge, parts)
+        first = reduce(merge, history(impl, prompt, page, buf, q, behind, left))  # one at a time, as memory goes
+        into = out if out.dtype == q.dtype else None
+        found, lse = merge(first, flash(impl, q, k, v, True, near - 1), into)
+    else:
+        found, lse = flash(impl, q, k, v, True, near - 1)
+    if found is not out:
+        out.copy_(found)
     if impl.sinks is not None:
-        out = out * torch.sigmoid(lse.transpose(0, 1) - impl.sinks.float()).unsqueeze(-1).to(out.dtype)
-    return out
+        out *= torch.sigmoid(lse.transpose(0, 1) - impl.sinks.float()).unsqueeze(-1).to(out.dtype)
 
 
 def history(
