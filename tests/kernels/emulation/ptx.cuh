@@ -207,6 +207,7 @@ static int min(int a, int b) { return a < b ? a : b; }
 static void atomicOr(u32* to, u32 x) { *to |= x; }
 static u32 atomicAdd(u32* to, u32 x) { return *to += x, *to - x; }
 static void prefetch(const void*) {}
+static void fence() {}
 static u32 add_behind(u32* counter) { return atomicAdd(counter, 1u); }
 template <class T> static T __ldcg(const T* x) { return *x; }
 static void atomicAdd(u64* to, u64 x) { *to += x; }
