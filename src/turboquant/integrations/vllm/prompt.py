@@ -163,16 +163,18 @@ def attend(
         some.nonfinite.zero_()
     for i, (p, of) in enumerate(zip(prompts.each, own, strict=True)):
         one = part(buf, slice(i, i + 1))
-        attention(impl, p, page, one, q[of].to(impl.layout.dtype), *near[i], out[of])
+        keys, values = near[i]
+        attention(impl, p, page, one, q[of].to(impl.layout.dtype), keys, values, out[of])
 
 
-def newest(buf: CacheBuffers, row: int, prompt: Prompt, k: Tensor, v: Tensor) -> list[Tensor]:
+def newest(buf: CacheBuffers, row: int, prompt: Prompt, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values (m + n, H, d) of `prompt.recent` and of the new tokens (n, H, d)."""
-    new = [x.to(buf.ring_k.dtype) for x in (k, v)]
-    if not len(prompt.recent):
-        return new
-    rings = [ring[row].index_select(1, prompt.recent).transpose(0, 1) for ring in (buf.ring_k, buf.ring_v)]
-    return [torch.cat(both) for both in zip(rings, new, strict=True)]
+
+    def after(ring: Tensor, new: Tensor) -> Tensor:
+        new = new.to(ring.dtype)
+        return torch.cat([ring[row].index_select(1, prompt.recent).transpose(0, 1), new]) if len(prompt.recent) else new
+
+    return after(buf.ring_k, k), after(buf.ring_v, v)
 
 
 def part(buf: CacheBuffers, rows: slice) -> CacheBuffers:
