@@ -152,16 +152,19 @@ class PlainCache:
 
 
 class PackedCache:
-    """Our cache of one layer; its length is put back after every step, so that each step is the same."""
+    """Our cache of one layer.
 
-    def __init__(self, like: CacheBuffers, layout: PageLayout) -> None:
-        self.buf, self.layout = CacheBuffers(**{n: t.clone() for n, t in vars(like).items()}), layout
-        self.length = like.length.clone()
+    Args:
+        length: memory for its length, which whoever calls it puts back after every step, so that each step is the same.
+    """
+
+    def __init__(self, like: CacheBuffers, layout: PageLayout, length: Tensor) -> None:
+        own = {n: t.clone() for n, t in vars(like).items()}
+        self.buf, self.layout = CacheBuffers(**own | {"length": length}), layout
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = ops.cache_attention(self.buf, self.layout, q, k, v)
         ops.cache_append(self.buf, self.layout, q, k, v, None)
-        self.buf.length.copy_(self.length)
         return out
 
     def nbytes(self) -> int:
@@ -187,7 +190,8 @@ class Model:
             return [PlainCache(batch, tokens, self.s) for _ in self.layers]
         layout = PageLayout(self.recipe.kv, self.s.dim)
         like = bench_cache.filled(layout, batch, tokens, self.s.h, BF16, self.s.device)
-        return [PackedCache(like, layout) for _ in self.layers]
+        self.lengths = like.length.repeat(len(self.layers), 1)
+        return [PackedCache(like, layout, length) for length in self.lengths]
 
     def embedding_bytes(self) -> int:
         """Of the input embeddings: in 16 bit, or packed."""
@@ -201,11 +205,14 @@ class Model:
         """Milliseconds and tokens/s of a step, and bytes."""
         s, x = self.s, torch.randn(batch, self.s.width, device=self.s.device, dtype=BF16)
         caches = self.caches(batch, tokens)
+        lengths = None if self.recipe.kv is None else self.lengths.clone()
 
         def step() -> Tensor:
             y = x
             for layer, cache in zip(self.layers, caches, strict=True):
                 y = layer(y, cache)
+            if lengths is not None:  # in one copy: a model has none
+                self.lengths.copy_(lengths)
             return self.head(y).argmax(-1)
 
         ms = bench_cache.median_ms([step], replays) if s.device == "cuda" else _once_ms(step)
