@@ -194,7 +194,7 @@ def test_on_the_gpu(case):
 
 @pytest.mark.cuda
 @pytest.mark.hopper
-@pytest.mark.parametrize("case", [Case(4096, 4096, g, m) for g in (0, 128) for m in (3, 8)], ids=str)
+@pytest.mark.parametrize("case", [Case(4096, 4096, g, m) for g in (0, 128) for m in (3, 8, 16)], ids=str)
 def test_a_chain_in_a_graph_has_the_bits_of_single_calls(case):
     """Twelve quantizers and products behind one another: each may start while the one before it runs."""
     rows = importlib.import_module("turboquant.kernels.triton.rows")

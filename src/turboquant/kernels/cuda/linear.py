@@ -22,7 +22,7 @@ from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe
 
 PACKAGE = "humming"
-FEW = 8  # rows up to which `product` takes over; it can more, but was not seen to be faster there for every shape
+FEW = 16  # rows up to which `product` takes over
 # (up to as many the quantizer before it lets it in early: `Launch.early_to` of kernels/triton/rows.py is the same)
 
 

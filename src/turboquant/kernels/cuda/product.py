@@ -17,7 +17,7 @@ from torch import Tensor
 
 from turboquant.kernels.cuda import nvrtc
 
-MAX_ROWS = 16  # two tiles of 8, which tests cover; `linear` uses it up to its FEW, beyond only benchmarks and tests ask
+MAX_ROWS = 16  # two tiles of 8
 GROUP = 128  # the one size of groups beside whole rows
 OUTPUTS, WARPS, PIECE = 64, 8, 2048  # of a block; bytes of 64 outputs × 64 inputs; mirror csrc/product.cu
 HALF = 113 * 1024  # bytes of shared memory of a block, of which two share a multiprocessor

@@ -238,7 +238,7 @@ class Launch:
     sweep_from: int = 1024
     programs: int = 528
     warps: float = 1.0
-    early_to: int = 8  # `FEW` of kernels/cuda/linear.py
+    early_to: int = 16  # `FEW` of kernels/cuda/linear.py
 
 
 LAUNCH = Launch()
