@@ -208,10 +208,12 @@ def packed(tmp_path_factory):
 def transformers_logprobs():
     """transformers_logprobs(model, recipe, ids): of each token after the first, float32; recipe None for the model.
 
-    Norms and MLPs run in torch, layer by layer, as in vLLM.
+    Norms and MLPs run in torch, layer by layer, as in vLLM. With shaken=SEED what norms give is off by 2⁻²², as much as
+    two orders of the same fp32 sums are: what 8-bit roundings that flip make of that, differs from processor to
+    processor, and no two engines agree better.
     """
 
-    def run(model, recipe, ids, **options):
+    def run(model, recipe, ids, shaken=None, **options):
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -222,6 +224,10 @@ def transformers_logprobs():
         net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **how).eval()
         unfuse(net)
         x = torch.tensor([ids])
+        if shaken is not None:
+            draw = torch.Generator().manual_seed(shaken)
+            for norm in (m for m in net.modules() if type(m).__name__.endswith("RMSNorm")):
+                norm.register_forward_hook(lambda m, args, y: y * (1 + 2.0**-22 * torch.randn(y.shape, generator=draw)))
         with torch.no_grad():
             return net(x).logits[0, :-1].float().log_softmax(-1).gather(1, x[0, 1:, None])[:, 0].tolist()
 

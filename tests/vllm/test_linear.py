@@ -121,11 +121,13 @@ def test_w8a8_on_a_real_model_errs_as_in_transformers(engine, smollm2, packed, t
 
 
 def test_w8a8_gives_the_logprobs_of_transformers(cases, tiny_llama, transformers_logprobs):
-    """Two layers: but for the tokens in which a rounding flips, the engines agree to a hundredth of the change."""
+    """Two layers: the engines agree to a hundredth of the change or, where roundings flip, as well as the model agrees
+    with itself."""
     same, plain = (torch.tensor(transformers_logprobs(tiny_llama, r, IDS)) for r in ("w8a8", None))
-    change = (same - plain).abs().median()
-    assert change > 0
-    assert (torch.tensor(cases["w8a8"]["logprobs"]) - same).abs().median() <= change / 100
+    again = [torch.tensor(transformers_logprobs(tiny_llama, "w8a8", IDS, shaken=seed)) for seed in range(4)]
+    change, flips = (same - plain).abs().median(), max((x - same).abs().median() for x in again)
+    assert 0 < 4 * flips < change
+    assert (torch.tensor(cases["w8a8"]["logprobs"]) - same).abs().median() <= max(change / 100, 2 * flips)
 
 
 def test_packed_is_what_is_packed_while_loading(cases):
@@ -223,7 +225,7 @@ def test_of_one_layer_at_a_time_the_16_bit_weight_exists():
     assert all(method.slots[0].packed().shape == (256, 512) for method, _ in layers)
 
 
-def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_moe):
+def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_moe, transformers_logprobs):
     """Packed with rotated inputs the row-parallel layers gather; unrotated, groups of 16 lie within a rank's part.
     Experts alike; or whole ones on each rank (expert parallel). A float checkpoint is packed part by part."""
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
@@ -242,8 +244,12 @@ def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_m
     }
     found = engine(code, None, env=env, timeout=400, ids=IDS, cases=list(both.values()))
     for (many, tokens), name in zip(found, both, strict=True):
-        one = cases[name]
-        assert rms(many, one["logprobs"]) <= 1e-5 * rms(one["logprobs"], [0.0] * len(many)), name
+        one, near = cases[name], 1e-5
+        if name == "saved":  # where 8-bit roundings flip, as well as the model agrees with itself
+            same, *again = (transformers_logprobs(both[name]["model"], None, IDS, shaken=s) for s in (None, 0, 1, 2, 3))
+            near = max(near, 2 * max(rms(x, same) for x in again) / rms(same, [0.0] * len(same)))
+            assert near < 0.01
+        assert rms(many, one["logprobs"]) <= near * rms(one["logprobs"], [0.0] * len(many)), name
         assert tokens == one["tokens"], name
 
 
