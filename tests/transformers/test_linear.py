@@ -174,7 +174,7 @@ def test_output_embeddings(tied, saved, tmp_path, ids):
         )
 
 
-@pytest.mark.parametrize("kind, tied", [("llama-gqa", False), ("llama-gqa", True), ("gemma3", True)])
+@pytest.mark.parametrize("kind, tied", [("llama-gqa", False), ("llama-gqa", True), ("gemma3", True), ("gemma3", False)])
 def test_input_embeddings(kind, tied, saved, tmp_path, ids):
     """Rows as the packed weight decodes, times what the model's own embeddings multiply them by; saved, given back."""
     model, folder = saved(kind, tie_word_embeddings=tied)
@@ -204,10 +204,40 @@ def test_input_embeddings_in_a_narrow_dtype(saved, ids):
     assert float(torch.tensor(new.factor).bfloat16()) != new.factor
 
 
+def test_input_embeddings_take_and_refuse_the_ids_that_the_models_own_do(saved, ids):
+    model, folder = saved("llama-gqa")
+    new = load(folder, "w8:embed=8").get_input_embeddings()
+    for some in (ids.int(), ids[0], ids[0, 0], ids[:, :0], ids[:, :, None]):
+        assert new(some).shape == model.get_input_embeddings()(some).shape
+        assert torch.equal(new(some), new(ids.view(-1))[: some.numel()].view(new(some).shape))
+    for bad in (-1, len(model.get_input_embeddings().weight)):
+        with pytest.raises(IndexError):
+            new(torch.tensor([[bad]]))
+    with pytest.raises(RuntimeError, match="indices"):  # would be a mask
+        new(torch.ones(1, 3, dtype=torch.bool))
+
+
+def test_models_that_have_no_input_embeddings():
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    small = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, conv_dim=(32,))
+    small |= dict(conv_stride=(5,), conv_kernel=(10,), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+    model = Wav2Vec2Model(Wav2Vec2Config(**small))
+    with pytest.raises(RecipeError, match="'w8:embed=8': this model has no input embeddings for embed=8"):
+        quantize(model, "w8:embed=8")
+    assert len(quantize(model, "w8")) == 7
+
+
 def test_input_embeddings_that_cannot_be_packed(saved):
     _, folder = saved("llama-gqa", tie_word_embeddings=True)
     with pytest.raises(RecipeError, match="one weight, so embed=8 saves nothing without head=8"):
         load(folder, "w8:embed=8")
+
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2))
+    with pytest.raises(RecipeError, match="input embeddings' too, so embed=8 saves nothing"):
+        quantize(t5, "w8:head=8,embed=8")
 
     class Hashed(torch.nn.Embedding):
         def forward(self, ids):

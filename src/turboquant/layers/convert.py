@@ -83,8 +83,10 @@ def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = (), head: n
     Raises:
         RecipeError: one that fits none.
     """
-    names = [n for n, _ in model.named_modules()]
-    ends: dict[nn.Module | None, str] = {_inputs(model): "embed", head: "head"}
+    names, inputs = [n for n, _ in model.named_modules()], _inputs(model)
+    if plan.recipe.weights and plan.recipe.weights.embed and not isinstance(inputs, nn.Embedding | QuantEmbedding):
+        raise RecipeError(f"{plan.recipe.name!r}: this model has no input embeddings for embed=8")
+    ends: dict[nn.Module | None, str] = {inputs: "embed", head: "head"}
     for skip in asked:
         if not any(_is(n, skip) for n in names):
             raise RecipeError(f"{skip!r}, to be left as it is, names no module of this model{_such_as(model, skip)}")
@@ -96,7 +98,8 @@ def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = (), head: n
             why = "fits no linear layer that another override or modules_to_not_convert leaves to it"
             if named:
                 words = {"head": "output embeddings", "embed": "input embeddings"}
-                why = " and ".join(f"names the {words[e]} alone, which stay as they are without {e}=8" for e in named)
+                each = [f"names the {words[e]} alone, which stay as they are without {e}=8" for e in sorted(named)]
+                why = " and ".join(each)
             warnings.warn(f"the override {pattern!r} decides nothing: it {why}", stacklevel=3)
 
 
@@ -116,7 +119,10 @@ def _layer(module: nn.Module) -> bool:
 def _inputs(model: nn.Module) -> nn.Module | None:
     """The input embeddings of a model of transformers, None if it has none."""
     get = getattr(model, "get_input_embeddings", None)
-    return get() if get else None
+    try:
+        return get() if get else None
+    except NotImplementedError:  # how transformers says so
+        return None
 
 
 def _decides(plan: Plan, pattern: str, recipe: str, name: str, end: str | None) -> bool:

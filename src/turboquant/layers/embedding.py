@@ -67,9 +67,10 @@ class QuantEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Token ids (...) -> (..., K) in the dtype that the embeddings had."""
-        w = self.slot.packed()
-        rows = PackedTensor(w.codes[:, input_ids].movedim(0, -3), w.scale[input_ids], w.zero[input_ids])
-        x = rows.dequantize().to(self.dtype)
+        w, ids = self.slot.packed(), input_ids.reshape(-1)
+        codes = torch.stack([nn.functional.embedding(ids, stage) for stage in w.codes])  # refuses ids below 0 too
+        rows = PackedTensor(codes, w.scale[ids], w.zero[ids])
+        x = rows.dequantize().to(self.dtype).reshape(*input_ids.shape, self.embedding_dim)
         return x if self.factor == 1 else x * torch.tensor(self.factor, dtype=self.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> nn.Embedding:
@@ -79,10 +80,8 @@ class QuantEmbedding(nn.Module):
         out.__dict__.update(own.__dict__)
         out._parameters = {"weight": nn.Parameter(self.slot.dequantized().to(dtype), requires_grad=False)}
         where = out.weight.device  # what was on meta is the factor
-        out._buffers = {
-            n: b and (torch.tensor(self.factor, device=where) if b.is_meta else b.to(where))
-            for n, b in own._buffers.items()
-        }
+        factor = torch.tensor(self.factor, device=where)
+        out._buffers = {n: b if b is None else factor if b.is_meta else b.to(where) for n, b in own._buffers.items()}
         return out.eval()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantEmbedding":

@@ -238,9 +238,14 @@ def _is_end(module: Any, head: Any) -> bool:
 
 def _check_ends(model: Any, plan: Plan, head: Any) -> None:
     """Raises:
-    RecipeError: embed=8 would leave a 16-bit copy of the same weight as output embeddings.
+    RecipeError: embed=8 would leave a 16-bit copy of the same weight as output embeddings, or as other input ones.
     """
     ends = [m for _, m, _ in targets(model, plan, head) if _is_end(m, head)]
+    inputs = next((m for m in ends if m is not head), None)
+    for name in {n for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items() for n in pair}:
+        other = model.get_submodule(name.rpartition(".")[0])
+        if inputs is not None and isinstance(other, torch.nn.Embedding) and other is not inputs:
+            raise RecipeError(f"{plan.recipe.name!r}: {name} is the input embeddings' too, so embed=8 saves nothing")
     if ends and head not in ends and _tied(model):
         raise RecipeError(
             f"{plan.recipe.name!r}: this model's input and output embeddings are one weight, so embed=8 saves nothing "
