@@ -82,7 +82,7 @@ class DraftBuilder:
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         step, m = self.step, common_attn_metadata
-        if step.kept is not None:
+        if step.kept is not None and not fast_build:  # which it is for a drafted token
             step.table = m.block_table_tensor
             step.kept.block_table_tensor, step.kept.slot_mapping = m.block_table_tensor, m.slot_mapping
             step.kept = None
