@@ -131,7 +131,8 @@ EMULATED = [
 
 @pytest.fixture
 def emulated(monkeypatch, emulation):
-    """`append.cache_append` on CPU tensors."""
+    """`append.cache_append` on CPU tensors, whose counters are 0 behind every call, as the next one needs them."""
+    counters = torch.zeros(64, dtype=torch.int32)
 
     def kernels(layout, dtype, device):
         library = emulation("append", append.config(layout, dtype))
@@ -139,7 +140,9 @@ def emulated(monkeypatch, emulation):
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False):
         kernel[0].run(kernel[1], ctypes.byref(call), *blocks, threads)
+        assert kernel[1] != b"store" or not counters.any()
 
+    monkeypatch.setattr(append, "zeros", lambda count, device: counters[:count])
     monkeypatch.setattr(append, "_kernels", kernels)
     monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
