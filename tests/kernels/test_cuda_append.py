@@ -4,6 +4,7 @@ Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulatio
 """
 
 import ctypes
+import threading
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -156,6 +157,31 @@ def test_the_source_on_the_cpu_writes_the_bits_of_the_reference(case, odd, token
 
 def test_the_source_on_the_cpu_encodes_captured_keys_and_values(captured, emulated):
     compare(CAPTURED[0], False, captured, "cpu")
+
+
+def test_threads_take_turns_where_kernels_hand_counters_on(tokens, monkeypatch):
+    """Of one stream: kernels of another call in between would find the counters of this one."""
+    case, launched, others = Case(batch=1), [], []
+    q, k, v = (x[None] for x in tokens(case.hq, case.h, 130, case.d, case.dtype))
+
+    def call():
+        cache = start(case, "cpu")
+        cache._reserve([130])
+        append.cache_append(cache.buf, cache.layout, q, k, v, None)
+
+    def launch(kernel, *args, **options):
+        launched.append(kernel)
+        if len(launched) == 1:
+            others.append(threading.Thread(target=call))
+            others[0].start()
+            others[0].join(0.5)
+
+    monkeypatch.setattr(append, "_kernels", lambda *args: ("encode", "rows", "stats", "store"))
+    monkeypatch.setattr(nvrtc, "launch", launch)
+    monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
+    call()
+    others[0].join()
+    assert launched == ["stats", "rows", "store"] * 2
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

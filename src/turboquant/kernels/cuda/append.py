@@ -13,7 +13,7 @@ from torch import Tensor
 
 from turboquant.kernels.cuda import nvrtc
 from turboquant.kernels.cuda.common import DTYPES, MAX_HOT, PAGE, page_macros
-from turboquant.kernels.cuda.counters import zeros
+from turboquant.kernels.cuda.counters import TURN, zeros
 from turboquant.maths.codec import (
     CODE_CELLS,
     SEARCH_CELL,
@@ -186,9 +186,11 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
     )  # fmt: skip
     stream, block = nvrtc.stream_of(k.device), threads(layout)
     if several:
-        nvrtc.launch(stats, (pages, h, b), block, 0, stream, call)
         units = -(-pages // (block // 32)) + 2 * pages  # headers, values, keys of a KV head
-        nvrtc.launch(rows, (units * h, 1, b), block, _memory(layout), stream, call, after=True)
-    else:
-        nvrtc.launch(encode, (1, h, b), block, _memory(layout), stream, call)
+        with TURN:
+            nvrtc.launch(stats, (pages, h, b), block, 0, stream, call)
+            nvrtc.launch(rows, (units * h, 1, b), block, _memory(layout), stream, call, after=True)
+            nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, stream, call, after=True)
+        return
+    nvrtc.launch(encode, (1, h, b), block, _memory(layout), stream, call)
     nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, stream, call, after=True)

@@ -3,14 +3,19 @@
 Kernels of one stream run one after another and share theirs. So do the kernels that are captured on one stream in one
 CUDA graph, but they have some of their own, for graphs may run at once. These come from memory that was zeroed before,
 so that nothing is added to the graph, and that is kept for good, for a graph may run at any time.
+
+Where several kernels hand counters on, no other thread may launch one that uses them in between: who launches holds
+`TURN`.
 """
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 SUPPLY = 1 << 18  # counters set aside for graphs at a time
+TURN = threading.Lock()
 
 
 @dataclass
