@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from turboquant.maths import weights
 from turboquant.maths.weights import WeightCodes, decode_weight, encode_weight
 
 
@@ -119,3 +120,13 @@ def test_not_finite(bad):
     w[2, 3] = bad
     with pytest.raises(ValueError, match="not finite"):
         encode_weight(w, 32)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_pieces_are_no_part_of_the_result(stages, monkeypatch):
+    """Large weights are searched piece by piece."""
+    w = torch.randn(3, 10, 96)
+    whole = encode_weight(w, 32, stages)
+    monkeypatch.setattr(weights, "PIECE", 7 * 32)
+    parts = encode_weight(w, 32, stages)
+    assert all(torch.equal(a, b) for a, b in zip(vars(whole).values(), vars(parts).values(), strict=True))

@@ -121,7 +121,7 @@ LINEAR_RECIPES: Columns = (
 )
 RECIPE_HELP = """Recipes: kvB, kKvV and plainB with B, K, V in 2, 3, 4, 8; wB and aB with B in 4, 8; products
 in the order w4a8kv4. Options as in kv4:ring=64,sinks=0,hot=8 (of the cache: page, hot, ring, sinks, rewind,
-decay, blend; of weights: group, clip, head; of activations: ahot, agroup, freeze). Bits count everything
+decay, blend; of weights: group, clip, head, embed; of activations: ahot, agroup, freeze). Bits count everything
 that is stored for a page or a weight; the ring of 16-bit tokens is reported beside them. In `eval` and `inspect`,
 plain3 and plain4 alone are the paper without pages and ring; plain4:ring=128 is the recipe, as `generate` runs it."""
 

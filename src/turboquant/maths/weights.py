@@ -18,6 +18,7 @@ from torch import Tensor
 
 CLIPS = tuple(1 - i / 24 for i in range(13))  # shares of a group's range that are tried
 FINE_SHARES = tuple(1.05 - i / 200 for i in range(31))  # of the scale that covers a group's range, for two stages
+PIECE = 1 << 20  # numbers searched at a time, so that what is made of them stays in a processor's cache
 _SMALLEST = 2.0**-24  # least fp16 above zero
 
 
@@ -125,11 +126,18 @@ def encode_weight(
             raise ValueError(f"error feedback takes w (N, K) and moments ({k}, {k})")
         codes, scale, zero = _with_feedback(w, group, stages, clip, moment)
     else:
-        g = w.unflatten(-1, (-1, group))
-        scale, zero = _best_grid(g, stages, clip)
-        codes = _round(g, *_steps(scale, zero, stages), stages).flatten(-2).to(torch.uint8)
-        scale, zero = scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)
+        parts = [_encode_groups(g, stages, clip) for g in w.reshape(-1, group).split(max(1, PIECE // group))]
+        codes, scale, zero = (torch.cat(x) for x in zip(*parts, strict=True))
+        codes, shape = codes.view(w.shape), (*w.shape[:-1], k // group)
+        scale, zero = scale.view(shape), zero.view(shape)
     return WeightCodes(torch.stack((codes // 16, codes % 16)[2 - stages :], -3), scale, zero)
+
+
+def _encode_groups(g: Tensor, stages: int, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(M, g) fp32 -> codes (M, g) uint8 of all stages, scale (M, 1) fp16, zero (M, 1) uint8."""
+    scale, zero = _best_grid(g, stages, clip)
+    codes = _round(g, *_steps(scale, zero, stages), stages)
+    return codes.to(torch.uint8), scale, zero.to(torch.uint8)
 
 
 def _best_grid(w: Tensor, stages: int, clip: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:

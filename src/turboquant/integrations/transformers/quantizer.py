@@ -245,11 +245,13 @@ def _check_ends(model: Any, plan: Plan, head: Any) -> None:
     for name in {n for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items() for n in pair}:
         other = model.get_submodule(name.rpartition(".")[0])
         if inputs is not None and isinstance(other, torch.nn.Embedding) and other is not inputs:
-            raise RecipeError(f"{plan.recipe.name!r}: {name} is the input embeddings' too, so embed=8 saves nothing")
+            raise RecipeError(
+                f"{plan.recipe.name!r}: {name} is the input embeddings' too, of which embed=8 would make a copy"
+            )
     if ends and head not in ends and _tied(model):
         raise RecipeError(
-            f"{plan.recipe.name!r}: this model's input and output embeddings are one weight, so embed=8 saves nothing "
-            "without head=8"
+            f"{plan.recipe.name!r}: this model's input and output embeddings are one weight, of which embed=8 "
+            "alone would make a second copy"
         )
 
 
