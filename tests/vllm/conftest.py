@@ -208,12 +208,10 @@ def packed(tmp_path_factory):
 def transformers_logprobs():
     """transformers_logprobs(model, recipe, ids): of each token after the first, float32; recipe None for the model.
 
-    Norms and MLPs run in torch, layer by layer, as in vLLM. With shaken=SEED what norms give is off by 2⁻²², as much as
-    two orders of the same fp32 sums are: what 8-bit roundings that flip make of that, differs from processor to
-    processor, and no two engines agree better.
+    Norms and MLPs run in torch, layer by layer, as in vLLM. With pairs, as `next_logprobs` of engine_process.py.
     """
 
-    def run(model, recipe, ids, shaken=None, **options):
+    def run(model, recipe, ids, pairs=False, **options):
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -223,13 +221,9 @@ def transformers_logprobs():
         how = {} if recipe is None else {"quantization_config": TurboQuantConfig(recipe, **options)}
         net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **how).eval()
         unfuse(net)
-        x = torch.tensor([ids])
-        if shaken is not None:
-            draw = torch.Generator().manual_seed(shaken)
-            for norm in (m for m in net.modules() if type(m).__name__.endswith("RMSNorm")):
-                norm.register_forward_hook(lambda m, args, y: y * (1 + 2.0**-22 * torch.randn(y.shape, generator=draw)))
+        x = torch.tensor(ids).view(-1, 2 if pairs else len(ids))
         with torch.no_grad():
-            return net(x).logits[0, :-1].float().log_softmax(-1).gather(1, x[0, 1:, None])[:, 0].tolist()
+            return net(x).logits[:, :-1].float().log_softmax(-1).gather(2, x[:, 1:, None]).flatten().tolist()
 
     return run
 

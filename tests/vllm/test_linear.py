@@ -34,7 +34,8 @@ for case in params["cases"]:
         continue
     ids = params["ids"]
     llm.collective_rpc("execute_dummy_batch")
-    row = {"tokens": greedy(llm, [ids], 5), "logprobs": logprobs(llm, ids), "bytes": llm.apply_model(digest)[0]}
+    row = {"tokens": greedy(llm, [ids], 5), "logprobs": logprobs(llm, ids), "next": next_logprobs(llm, ids)}
+    row["bytes"] = llm.apply_model(digest)[0]
     kinds = lambda m: sorted({type(x.quant_method).__name__ for x in m.modules() if hasattr(x, "quant_method")})
     seen = lambda m: [int(x.weight_x_seen) for x in m.modules() if hasattr(x, "weight_x_seen")]
     from prometheus_client import generate_latest
@@ -121,13 +122,11 @@ def test_w8a8_on_a_real_model_errs_as_in_transformers(engine, smollm2, packed, t
 
 
 def test_w8a8_gives_the_logprobs_of_transformers(cases, tiny_llama, transformers_logprobs):
-    """Two layers: the engines agree to a hundredth of the change or, where roundings flip, as well as the model agrees
-    with itself."""
-    same, plain = (torch.tensor(transformers_logprobs(tiny_llama, r, IDS)) for r in ("w8a8", None))
-    again = [torch.tensor(transformers_logprobs(tiny_llama, "w8a8", IDS, shaken=seed)) for seed in range(4)]
-    change, flips = (same - plain).abs().median(), max((x - same).abs().median() for x in again)
-    assert 0 < 4 * flips < change
-    assert (torch.tensor(cases["w8a8"]["logprobs"]) - same).abs().median() <= max(change / 100, 2 * flips)
+    """Two layers: but for the tokens in which a rounding flips, the engines agree to a hundredth of the change."""
+    same, plain = (torch.tensor(transformers_logprobs(tiny_llama, r, IDS, pairs=True)) for r in ("w8a8", None))
+    change = (same - plain).abs().median()
+    assert change > 0
+    assert (torch.tensor(cases["w8a8"]["next"]) - same).abs().median() <= change / 100
 
 
 def test_packed_is_what_is_packed_while_loading(cases):
@@ -179,7 +178,7 @@ def test_a_rank_takes_its_part_of_a_stack_of_experts():
 
 def test_a_tracker_follows_requests_alone(cases):
     """vLLM's dummy batches are not counted; the last new token is not read."""
-    assert cases["a4"]["seen"] == [len(IDS) + 4 + len(IDS)] * 8
+    assert cases["a4"]["seen"] == [3 * len(IDS) + 4] * 8
     alarms = [x for x in cases["a4"]["metrics"] if x.startswith("turboquant:drift_alarms_total{")]
     assert len(alarms) == 8 and all('of="activations"' in x and float(x.split()[-1]) >= 1 for x in alarms)
 
@@ -225,15 +224,16 @@ def test_of_one_layer_at_a_time_the_16_bit_weight_exists():
     assert all(method.slots[0].packed().shape == (256, 512) for method, _ in layers)
 
 
-def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_moe, transformers_logprobs):
+def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_moe):
     """Packed with rotated inputs the row-parallel layers gather; unrotated, groups of 16 lie within a rank's part.
     Experts alike; or whole ones on each rank (expert parallel). A float checkpoint is packed part by part."""
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     code = """
     result = []
     for case in params["cases"]:
         llm = make(**case, skip_tokenizer_init=True, tensor_parallel_size=2)
-        result.append([logprobs(llm, params["ids"]), greedy(llm, [params["ids"]], 5)])
+        ids = params["ids"]
+        result.append([logprobs(llm, ids), next_logprobs(llm, ids), greedy(llm, [ids], 5)])
         close(llm)
         del llm
     """
@@ -243,13 +243,13 @@ def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_m
         "split experts": {"model": str(tiny_moe), "recipe": "w4:group=16", "enable_expert_parallel": True},
     }
     found = engine(code, None, env=env, timeout=400, ids=IDS, cases=list(both.values()))
-    for (many, tokens), name in zip(found, both, strict=True):
-        one, near = cases[name], 1e-5
-        if name == "saved":  # where 8-bit roundings flip, as well as the model agrees with itself
-            same, *again = (transformers_logprobs(both[name]["model"], None, IDS, shaken=s) for s in (None, 0, 1, 2, 3))
-            near = max(near, 2 * max(rms(x, same) for x in again) / rms(same, [0.0] * len(same)))
-            assert near < 0.01
-        assert rms(many, one["logprobs"]) <= near * rms(one["logprobs"], [0.0] * len(many)), name
+    for (many, following, tokens), name in zip(found, both, strict=True):
+        one = cases[name]
+        near = 1e-5 * rms(one["logprobs"], [0.0] * len(many))
+        off = (torch.tensor(following) - torch.tensor(one["next"])).abs()
+        assert (off <= near).float().mean() >= 0.9, name  # but for tokens in which an 8-bit rounding flips
+        if name != "saved":
+            assert rms(many, one["logprobs"]) <= near, name
         assert tokens == one["tokens"], name
 
 

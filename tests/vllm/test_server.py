@@ -95,7 +95,7 @@ def test_every_rank_reports_every_metric(serve, chat_llama, prose):
     """Two API servers (prometheus_client's multiprocess mode) before two ranks."""
     ranks = ("--tensor-parallel-size", "2", "--api-server-count", "2", "--served-model-name", "tiny")
     small = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20))
-    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     with serve(str(chat_llama), "--recipe", "w4a4kv4", "--", *ranks, *small, env=env) as (url, get):
         complete(url, prose[:1500] + " the" * 600, "tiny")
         rows = reported(url, get, "tiny")
