@@ -7,6 +7,7 @@ Error: ‖out - exact‖/‖exact‖ over all positions, kv4 without a ring (sin
 their pages. It ranks codecs cheaply; the figures that decide are those of benchmarks/fidelity.py.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -95,6 +96,7 @@ def error(recipe: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> flo
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     data = {n: t.float() for n, t in load_file(DATA).items()}
     names = sorted({n.split(".")[0] for n in data})
     print("| variant | " + " | ".join(names) + " |")

@@ -208,10 +208,10 @@ def packed(tmp_path_factory):
 def transformers_logprobs():
     """transformers_logprobs(model, recipe, ids): of each token after the first, float32; recipe None for the model.
 
-    Norms and MLPs run in torch, layer by layer, as in vLLM. With pairs, as `next_logprobs` of engine_process.py.
+    Norms and MLPs run in torch, layer by layer, as in vLLM. With length=N of pieces of N ids, each by itself.
     """
 
-    def run(model, recipe, ids, pairs=False, **options):
+    def run(model, recipe, ids, length=None, **options):
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -221,7 +221,7 @@ def transformers_logprobs():
         how = {} if recipe is None else {"quantization_config": TurboQuantConfig(recipe, **options)}
         net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **how).eval()
         unfuse(net)
-        x = torch.tensor(ids).view(-1, 2 if pairs else len(ids))
+        x = torch.tensor(ids).view(-1, length or len(ids))
         with torch.no_grad():
             return net(x).logits[:, :-1].float().log_softmax(-1).gather(2, x[:, 1:, None]).flatten().tolist()
 

@@ -20,14 +20,9 @@ def logprobs(llm, ids):
     return [p[i].logprob for p, i in zip(out.prompt_logprobs[1:], ids[1:], strict=True)]
 
 
-def next_logprobs(llm, ids):
-    """Of every second token, given the one before it alone: what flips in one row reaches no other."""
-    from vllm import SamplingParams, TokensPrompt
-
-    how = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    pairs = [TokensPrompt(prompt_token_ids=ids[i : i + 2]) for i in range(0, len(ids), 2)]
-    outs = llm.generate(pairs, how, use_tqdm=False)
-    return [o.prompt_logprobs[1][i].logprob for o, i in zip(outs, ids[1::2], strict=True)]
+def short_logprobs(llm, ids, length=8):
+    """The same of each piece of ids by itself: a rounding that flips in one token reaches few others."""
+    return [x for i in range(0, len(ids), length) for x in logprobs(llm, ids[i : i + length])]
 
 
 def greedy(llm, prompts, n):
@@ -73,7 +68,7 @@ def clean():
 def run(job):
     make = maker(job["small"])
     names = {"params": job["params"], "make": make, "close": close, "logprobs": logprobs, "greedy": greedy}
-    names["next_logprobs"] = next_logprobs
+    names["short_logprobs"] = short_logprobs
     if job["llm"]:
         names["llm"] = make(**job["llm"])
     exec(job["code"], names)

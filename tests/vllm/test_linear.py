@@ -34,7 +34,7 @@ for case in params["cases"]:
         continue
     ids = params["ids"]
     llm.collective_rpc("execute_dummy_batch")
-    row = {"tokens": greedy(llm, [ids], 5), "logprobs": logprobs(llm, ids), "next": next_logprobs(llm, ids)}
+    row = {"tokens": greedy(llm, [ids], 5), "logprobs": logprobs(llm, ids), "short": short_logprobs(llm, ids)}
     row["bytes"] = llm.apply_model(digest)[0]
     kinds = lambda m: sorted({type(x.quant_method).__name__ for x in m.modules() if hasattr(x, "quant_method")})
     seen = lambda m: [int(x.weight_x_seen) for x in m.modules() if hasattr(x, "weight_x_seen")]
@@ -105,15 +105,14 @@ def cases(engine, packed, tiny_llama, tiny_moe, tmp_path_factory):
     return dict(zip(wanted, found, strict=True))
 
 
-def test_w8a8_on_a_real_model_errs_as_in_transformers(engine, smollm2, packed, transformers_logprobs, prose):
-    """Within twice the error of the same weights in transformers. No closer: where the engines' sums differ in the last
+def test_w8a8_on_a_real_model_errs_as_in_transformers(engine, smollm2, transformers_logprobs, prose):
+    """Within twice the error of the same recipe in transformers. No closer: where the engines' sums differ in the last
     bit some int8 rounding flips, and thirty layers make noise of the recipe's own size of it."""
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(smollm2)(prose[:4000])["input_ids"][:400]
-    folder = packed(smollm2, "w8a8kv4")  # packing takes longer than the rest; test_server.py has the same
-    got = engine("result = logprobs(llm, params['ids'])", folder, {"recipe": "w8a8", "format": 1}, ids=ids)
-    same, plain = (transformers_logprobs(model, None, ids) for model in (folder, smollm2))
+    got = engine("result = logprobs(llm, params['ids'])", smollm2, "w8a8", ids=ids)
+    same, plain = (transformers_logprobs(smollm2, r, ids) for r in ("w8a8", None))
     assert rms(same, plain) / 3 < rms(got, plain) <= 2 * rms(same, plain), (
         rms(got, plain),
         rms(same, plain),
@@ -123,10 +122,10 @@ def test_w8a8_on_a_real_model_errs_as_in_transformers(engine, smollm2, packed, t
 
 def test_w8a8_gives_the_logprobs_of_transformers(cases, tiny_llama, transformers_logprobs):
     """Two layers: but for the tokens in which a rounding flips, the engines agree to a hundredth of the change."""
-    same, plain = (torch.tensor(transformers_logprobs(tiny_llama, r, IDS, pairs=True)) for r in ("w8a8", None))
+    same, plain = (torch.tensor(transformers_logprobs(tiny_llama, r, IDS, length=8)) for r in ("w8a8", None))
     change = (same - plain).abs().median()
     assert change > 0
-    assert (torch.tensor(cases["w8a8"]["next"]) - same).abs().median() <= change / 100
+    assert (torch.tensor(cases["w8a8"]["short"]) - same).abs().median() <= change / 100
 
 
 def test_packed_is_what_is_packed_while_loading(cases):
@@ -233,7 +232,7 @@ def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_m
     for case in params["cases"]:
         llm = make(**case, skip_tokenizer_init=True, tensor_parallel_size=2)
         ids = params["ids"]
-        result.append([logprobs(llm, ids), next_logprobs(llm, ids), greedy(llm, [ids], 5)])
+        result.append([logprobs(llm, ids), short_logprobs(llm, ids), greedy(llm, [ids], 5)])
         close(llm)
         del llm
     """
@@ -243,10 +242,10 @@ def test_two_ranks_give_what_one_gives(engine, cases, packed, tiny_llama, tiny_m
         "split experts": {"model": str(tiny_moe), "recipe": "w4:group=16", "enable_expert_parallel": True},
     }
     found = engine(code, None, env=env, timeout=400, ids=IDS, cases=list(both.values()))
-    for (many, following, tokens), name in zip(found, both, strict=True):
+    for (many, short, tokens), name in zip(found, both, strict=True):
         one = cases[name]
         near = 1e-5 * rms(one["logprobs"], [0.0] * len(many))
-        off = (torch.tensor(following) - torch.tensor(one["next"])).abs()
+        off = (torch.tensor(short) - torch.tensor(one["short"])).abs()
         assert (off <= near).float().mean() >= 0.9, name  # but for tokens in which an 8-bit rounding flips
         if name != "saved":
             assert rms(many, one["logprobs"]) <= near, name
