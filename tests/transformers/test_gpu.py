@@ -18,7 +18,7 @@ def decode(model, ids, recipe, step=None, graph=False):
     tokens, logits = [], []
 
     def run():
-        out = (step or model)(input_ids=token, position_ids=position, past_key_values=cache).logits
+        out = (model if step is None else step)(input_ids=token, position_ids=position, past_key_values=cache).logits
         token.copy_(out.argmax(-1))
         position.add_(1)
         return out
