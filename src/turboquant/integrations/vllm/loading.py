@@ -32,6 +32,7 @@ def packed_slot(
 
 
 MMAP_THRESHOLD = -3  # of mallopt, in malloc.h
+LARGE = 8 << 20  # bytes: more than what the search for scales has at a time, which would fault in page by page
 
 
 class Copies(TorchDispatchMode):
@@ -49,20 +50,21 @@ class Copies(TorchDispatchMode):
 
 @contextmanager
 def returned() -> Iterator[None]:
-    """Within the context glibc takes large memory from the system one by one and hands it back when it is freed.
+    """Within the context glibc takes large memory from the system piece by piece and hands it back when it is freed.
 
     It keeps what it once had otherwise, and 16-bit weights that are freed one after the other would stand beside the
-    packed ones until the end. Afterwards its threshold is the 32 MiB that it comes to by itself.
+    packed ones until the end. Afterwards what is free goes back, and its threshold is the 32 MiB that it comes to by itself.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):  # another libc
         yield
         return
-    libc.mallopt(MMAP_THRESHOLD, 1 << 18)
+    libc.mallopt(MMAP_THRESHOLD, LARGE)
     try:
         yield
     finally:
         libc.mallopt(MMAP_THRESHOLD, 32 << 20)
+        libc.malloc_trim(0)
 
 
 class Reader:
