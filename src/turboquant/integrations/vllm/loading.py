@@ -53,7 +53,7 @@ def returned() -> Iterator[None]:
     """Within the context glibc takes large memory from the system piece by piece and hands it back when it is freed.
 
     It keeps what it once had otherwise, and 16-bit weights that are freed one after the other would stand beside the
-    packed ones until the end. Afterwards what is free goes back, and its threshold is the 32 MiB that it comes to by itself.
+    packed ones until the end. Afterwards what is free goes back, and the threshold is the 32 MiB that glibc comes to.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):  # another libc
