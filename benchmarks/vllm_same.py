@@ -1,19 +1,22 @@
 """Whether vLLM writes the same tokens however it runs: several ranks, Ray, without graphs, with drafts, prefix hits.
 
-    python benchmarks/vllm_same.py --cache auto --cache kv4 --way eager --way prefix --way ngram     # one GPU
-    python benchmarks/vllm_same.py --cache auto --cache kv4 --way tp=2 --way tp=2,ray --way pp=2,ray # two GPUs
+    python benchmarks/vllm_same.py --cache auto --cache kv4 --way eager --way prefix --way ngram --way self
+    python benchmarks/vllm_same.py --cache auto --cache kv4 --way tp=2 --way tp=2,ray --way pp=2,ray # 2 GPUs
 
 A way is words with commas: tp=N and pp=N ranks (by multiprocessing, or `ray`, which also starts a single one), `nccl`
-(no all-reduce of vLLM's own), `eager` (no CUDA graphs), `prefix` (prefix caching), `ngram` (n-gram drafts). `--cache`
-is a recipe, with linear layers if it names any (packed once, so that all ranks hold the same weights), or auto for
-vLLM's own cache. Each way is a process of its own, and each writes twice after the same prompts. All is compared with
-what one rank writes the first time, with CUDA graphs, without prefix caching. The model is a small Llama with random
-weights in bf16, whose logits lie close together, so another order of sums gives other tokens sooner or later: shown are
-the tokens up to the first that differs in a request, how far the logprobs of these are apart, and by how much the first
-run preferred its own token.
+(no all-reduce of vLLM's own), `eager` (no CUDA graphs), `prefix` (prefix caching), `chunks` (steps of up to 512
+tokens), `few=N` (N blocks, so that requests are preempted), `ngram` (n-gram drafts), `self` (the model, unpacked and
+with vLLM's cache, drafts for itself), `draft` (a smaller one of other random weights drafts). `--cache` is a recipe,
+with linear layers if it names any (packed once, so that all ranks hold the same weights), or auto for vLLM's own cache.
+Each way is a process of its own, and each writes twice after the same prompts. All is compared with what one rank
+writes the first time, with CUDA graphs, without prefix caching. The model is a small Llama with random weights in bf16,
+whose logits lie close together, so another order of sums gives other tokens sooner or later: shown are the tokens up to
+the first that differs in a request, how far the logprobs of these are apart and from which token on, and by how much
+the first run preferred its own token.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,13 +28,17 @@ from pathlib import Path
 from typing import Any
 
 BASE = "tp=1"
+WORDS = ("ray", "nccl", "eager", "prefix", "chunks", "ngram", "self", "draft")  # and tp=, pp=, few=
+DRAFTS = 3  # tokens a step
 MODEL = {"vocab_size": 4096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4,
          "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 4096,
          "initializer_range": 0.05, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+SMALL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2}  # fmt: skip
 
 
 def make(folder: Path, recipe: str) -> Path:
-    """A folder with the model, its weights packed if the recipe has any."""
+    """A folder with the model, its weights packed if the recipe has any, beside what drafts for it."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -40,8 +47,9 @@ def make(folder: Path, recipe: str) -> Path:
 
     plain = folder / "plain"
     if not plain.exists():
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**MODEL)).to(torch.bfloat16).save_pretrained(plain)
+        for name, config in (("plain", MODEL), ("draft", MODEL | SMALL)):
+            torch.manual_seed(0)
+            LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16).save_pretrained(folder / name)
     if recipe == "auto" or parse_recipe(recipe).weights is None:
         return plain
     packed = folder / recipe
@@ -64,13 +72,23 @@ def prompts(count: int) -> list[list[int]]:
     return [ids if i % 2 else ids[: len(ids) // 2] + ids[: len(ids) - len(ids) // 2] for i, ids in enumerate(out)]
 
 
+def words_of(way: str) -> dict[str, str]:
+    """The words of a way, with what follows "=".
+
+    Raises:
+        SystemExit: one that is not known.
+    """
+    words = dict([*w.split("="), ""][:2] for w in way.split(","))
+    unknown = [w for w, n in words.items() if not (n.isdecimal() if w in ("tp", "pp", "few") else w in WORDS and not n)]
+    if unknown:
+        raise SystemExit(f"--way {way}: {unknown} not known; allowed are tp=N, pp=N, few=N, {', '.join(WORDS)}")
+    return words
+
+
 def settings(job: dict[str, Any], cpu: bool) -> dict[str, Any]:
     """What LLM() is called with."""
-    words = dict([*w.split("="), ""][:2] for w in job["way"].split(","))
-    ranks = {k: int(words.pop(k, 1)) for k in ("tp", "pp")}
-    known = {"ray", "nccl", "eager", "prefix", "ngram"}
-    if set(words) - known:
-        raise SystemExit(f"--way {job['way']}: {sorted(set(words) - known)} not known; allowed are {sorted(known)}")
+    words = words_of(job["way"])
+    ranks = {k: int(words.get(k, 1)) for k in ("tp", "pp")}
     out: dict[str, Any] = {
         "model": job["model"], "skip_tokenizer_init": True, "dtype": job["dtype"], "max_model_len": 2048, "seed": 0,
         "kv_cache_memory_bytes": job["cache_mib"] << 20, "max_num_seqs": 16, "disable_log_stats": False,
@@ -79,10 +97,17 @@ def settings(job: dict[str, Any], cpu: bool) -> dict[str, Any]:
     }  # fmt: skip
     if "ray" in words or ranks["tp"] * ranks["pp"] > 1:
         out["distributed_executor_backend"] = "ray" if "ray" in words else "mp"
+    if "chunks" in words:
+        out["max_num_batched_tokens"] = 512
+    if "few" in words:
+        out["num_gpu_blocks_override"] = int(words["few"])
     if "ngram" in words:
-        out["speculative_config"] = {
-            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3
-        }  # fmt: skip
+        out["speculative_config"] = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    for name, folder in (("self", "plain"), ("draft", "draft")):
+        if name in words:
+            out["speculative_config"] = {"model": str(Path(job["model"]).parent / folder)}
+    if "speculative_config" in out:
+        out["speculative_config"]["num_speculative_tokens"] = DRAFTS
     if not cpu:
         out["gpu_memory_utilization"] = 0.1  # of what must be free
     if cpu or "eager" in words:
@@ -119,6 +144,7 @@ def run(job: dict[str, Any]) -> None:
     metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
     row = {"ready_s": ready, "times": times, "device": current_platform.get_device_name()}
     row |= {"accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0)}
+    row |= {"preempted": metrics.get("vllm:num_preemptions", 0)}
     Path(job["out"]).write_text(json.dumps(row))
     if "ray" in job["way"]:
         import ray
@@ -133,20 +159,23 @@ def compare(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         requests: of which all tokens are the same, of how many. same: tokens before the first that differs.
-        apart: mean and largest difference of the logprobs of these. gaps: by how much `base` preferred its own token
-        where a request first differs; None where it did not rank the other's second.
+        apart: mean and largest difference of the logprobs of these. since: of each request the first token whose they
+        are. gaps: by how much `base` preferred its own token where a request first differs; None where it did not rank
+        the other's second.
     """
-    equal, same, apart, gaps = 0, 0, [], []
+    equal, same, apart, since, gaps = 0, 0, [], [], []
     for a, b, p, q in zip(base["tokens"], other["tokens"], base["top"], other["top"], strict=True):
         n = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
         equal, same = equal + (n == len(a)), same + n
-        apart += [abs(p[i][str(a[i])] - q[i][str(a[i])]) for i in range(n)]
+        own = [abs(p[i][str(a[i])] - q[i][str(a[i])]) for i in range(n)]
+        apart, since = apart + own, [*since, next((i for i, x in enumerate(own) if x), n)]
         if n < len(a):
             second = p[n].get(str(b[n]))
             gaps.append([n, None if second is None else round(p[n][str(a[n])] - second, 4)])
     mean = sum(apart) / max(1, len(apart))
     out = {"requests": f"{equal}/{len(base['tokens'])}", "same": f"{same}/{sum(map(len, base['tokens']))}"}
-    return out | {"apart_mean": round(mean, 6), "apart_max": round(max(apart, default=0.0), 6), "gaps": gaps}
+    out |= {"apart_mean": round(mean, 6), "apart_max": round(max(apart, default=0.0), 6)}
+    return out | {"since": since, "gaps": gaps}
 
 
 def main() -> None:
@@ -165,6 +194,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         return run(json.loads(args.one))
+    ways = list(dict.fromkeys([BASE, *(args.way or ["eager"])]))
+    for way in ways:
+        words_of(way)
+    if importlib.util.find_spec("vllm") is None:
+        raise SystemExit('vLLM is not installed: pip install "turboquant[vllm]"')
     failed: list[str] = []
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -173,14 +207,13 @@ def main() -> None:
         jobs = []
         for cache in args.cache or ["kv4"]:
             model = make(Path(folder), "auto" if args.unpacked else cache)
-            for way in dict.fromkeys([BASE, *(args.way or ["eager"])]):
+            for way in ways:
                 at = kept if way == BASE else Path(folder)
                 jobs.append({
                     "cache": cache, "way": way, "model": str(model), "packed": model.name != "plain",
                     "out": str(at / f"{cache}.{way}.json".replace(":", "_")), "prompts": args.prompts,
                     "tokens": args.tokens, "dtype": args.dtype, "cache_mib": args.cache_mib,
                 })  # fmt: skip
-                settings(jobs[-1], True)  # a word that is not known ends it here
 
         def start(job: dict[str, Any]) -> dict[str, Any] | None:
             if not Path(job["out"]).exists():
@@ -201,7 +234,8 @@ def main() -> None:
                     continue
                 for of in result["times"]:
                     row = {"cache": job["cache"], "way": job["way"], "time": 1 + of["again"]}
-                    row |= compare(base["times"][0], of) | {"hits": of["hits"], "accepted": result["accepted"]}
+                    row |= compare(base["times"][0], of) | {k: result[k] for k in ("accepted", "preempted")}
+                    row |= {"hits": of["hits"]}
                     row |= {
                         "tokens_s": round(args.prompts * args.tokens / of["s"]),
                         "ready_s": round(result["ready_s"]),

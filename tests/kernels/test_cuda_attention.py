@@ -156,13 +156,18 @@ def check(case: Case, tokens, monkeypatch, device="cuda") -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(
-    "case", [Case(n=5), Case(n=8, hq=32), Case(n=3, hq=2, d=64, lengths=(250, 190)), Case(n=4, window=300)]
-)
+    "case",
+    [
+        Case(n=5), Case(n=8, hq=32), Case(n=3, hq=2, d=64, lengths=(250, 190)), Case(n=4, window=300),
+        Case(n=4, lengths=(126, 700, 637, 1215)),
+    ],
+)  # fmt: skip
 def test_rows_of_a_verify_step_have_the_bits_of_single_steps(case, tokens):
     compare_rows(case, tokens, "cuda")
 
 
 def compare_rows(case: Case, tokens, device) -> None:
+    """Also where later rows of a sequence read a page and the first does not."""
     cache, (q, k, v) = filled(case, tokens, device)
     more = options(case, device)
     together = cuda.cache_attention(cache.buf, cache.layout, q, k, v, **more)
@@ -220,8 +225,13 @@ def test_so_it_is_however_the_work_is_cut(lengths, tokens, monkeypatch, emulated
 
 
 @pytest.mark.parametrize(
-    "case", [Case(n=3, hq=16, lengths=(260,), dtype=F16), Case(n=2, hq=4, h=1, lengths=(260,))], ids=str
-)
+    "case",
+    [
+        Case(n=3, hq=16, lengths=(260,), dtype=F16), Case(n=2, hq=4, h=1, lengths=(260,)),
+        Case(n=4, d=64, hq=2, h=1, lengths=(126, 330)),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_rows_of_a_verify_step_have_the_bits_of_single_steps_on_the_cpu(case, tokens, emulated):
     compare_rows(case, tokens, "cpu")
 

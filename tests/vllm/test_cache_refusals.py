@@ -15,6 +15,7 @@ KV = parse_recipe("kv4").kv
 
 
 DRAFT = SimpleNamespace(method="draft_model")
+GPU = SimpleNamespace(device_type="cuda")
 
 
 def parallel(**given):
@@ -75,7 +76,7 @@ def test_layers(made, words):
         ({"kv_transfer_config": object()}, "KV connectors"),
         ({"cache_config": SimpleNamespace(cache_dtype="turboquant_4bit_nc")}, "turboquant_4bit_nc"),
         ({"speculative_config": SimpleNamespace(method="eagle3")}, "drafts by 'eagle3'"),
-        ({"speculative_config": DRAFT, "device_config": SimpleNamespace(device_type="cuda")}, "on CPUs"),
+        ({"speculative_config": DRAFT, "device_config": GPU}, "VLLM_USE_V2_MODEL_RUNNER=1"),
         ({"speculative_config": DRAFT, "use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0"),
         (
             {"speculative_config": DRAFT, "parallel_config": parallel(pipeline_parallel_size=2)},
@@ -95,7 +96,9 @@ def test_configurations(given, words):
 
 def test_drafts_are_served():
     for method in ("ngram", "draft_model"):
-        assert refusal(layer(), KV, config(speculative_config=SimpleNamespace(method=method))) is None
+        drafts = {"speculative_config": SimpleNamespace(method=method)}
+        assert refusal(layer(), KV, config(**drafts)) is None
+        assert refusal(layer(), KV, config(**drafts, device_config=GPU, use_v2_model_runner=True)) is None
 
 
 class Plain:

@@ -103,7 +103,8 @@ def check(config: Any) -> None:
         raise VllmError(f"{', '.join(left)}: with a draft model every layer must have our cache, this one keeps vLLM's")
     name, first = next(iter(ours.items()))
     unit = max(x.num_kv_heads * x.impl.layout.row for x in ours.values())
-    draft.serve(name, [x for x in ours.values() if x.attn_backend is first.attn_backend], list(theirs.values()), unit)
+    same = [x for x in ours.values() if x.attn_backend is first.attn_backend]
+    draft.serve(name, same, list(theirs.values()), unit, draft.second_runner(config))
 
 
 def _ours(layer: Any) -> bool:

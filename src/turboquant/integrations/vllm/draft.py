@@ -3,7 +3,8 @@
 vLLM's first model runner (of 0.32, on CPUs) keeps the metadata of the first KV cache group for the draft model, which
 would so write its keys into our pages. It builds the metadata of one group after the other, the first one first; the
 builder of the draft model's group, here, then puts its own block table and slots into what was kept. Before a draft is
-computed it checks that they have arrived.
+computed it checks that they have arrived. The second one (V2, of GPUs) gives the draft model's builders the table of
+their own group, so that only the size of its blocks is set here.
 """
 
 from collections.abc import Sequence
@@ -22,12 +23,19 @@ def drafts(name: str, layer: Any, config: Any) -> bool:
     return layer.is_draft_layer or (model and name.startswith(PREFIX))
 
 
+def second_runner(config: Any) -> bool:
+    """Whether vLLM's second model runner serves."""
+    return bool(getattr(config, "use_v2_model_runner", False))
+
+
 def refusal(config: Any) -> str | None:
     """Why a model with our cache cannot have a draft model, None if it can."""
-    if config.device_config.device_type != "cpu" or getattr(config, "use_v2_model_runner", False):
+    cpu, second = config.device_config.device_type == "cpu", second_runner(config)
+    if cpu == second:
         return (
-            "draft models beside it are tested on CPUs with vLLM's first model runner only "
-            "(VLLM_USE_V2_MODEL_RUNNER=0); use n-gram drafts"
+            f"draft models beside it are tested {'on CPUs' if cpu else 'on GPUs'} with vLLM's "
+            f"{'first' if cpu else 'second'} model runner only (VLLM_USE_V2_MODEL_RUNNER={int(not cpu)}); "
+            "use n-gram drafts"
         )
     spec = config.speculative_config
     untested = {
@@ -107,24 +115,29 @@ class DraftBackend:
         return replace(spec, page_size_padded=-(-spec.page_size_bytes // cls.step.unit) * cls.step.unit)
 
 
-def _with(backend: type[AttentionBackend], step: Step, builder: type, *parts: type) -> type[AttentionBackend]:
-    """A backend whose builder is `builder` before its own, with the methods of `parts`."""
-    was = backend.get_builder_cls()
-    made = type(was.__name__, (builder, was), {"step": step})
-    return type(backend.__name__, (*parts, backend), {"step": step, "get_builder_cls": staticmethod(lambda: made)})
+def _with(backend: type[AttentionBackend], step: Step, builder: type | None, *parts: type) -> type[AttentionBackend]:
+    """A backend whose builder is `builder`, if any, before its own, with the methods of `parts`."""
+    more: dict[str, Any] = {"step": step}
+    if builder is not None:
+        was = backend.get_builder_cls()
+        made = type(was.__name__, (builder, was), {"step": step})
+        more["get_builder_cls"] = staticmethod(lambda: made)
+    return type(backend.__name__, (*parts, backend), more)
 
 
-def serve(name: str, first: Sequence[Any], theirs: Sequence[Any], unit: int) -> None:
-    """Give a model's layers and its draft model's the builders of this file; idempotent.
+def serve(name: str, first: Sequence[Any], theirs: Sequence[Any], unit: int, second: bool) -> None:
+    """Give a model's layers and its draft model's the backends of this file; idempotent.
 
     Args:
         name: of the model's first layer. first: those of its backend. theirs: the draft model's.
-        unit: bytes of a block of ours.
+        unit: bytes of a block of ours. second: as of `second_runner`.
     """
-    if hasattr(first[0].attn_backend, "step"):
+    if hasattr(theirs[0].attn_backend, "step"):
         return
-    step = Step(name, unit)
-    for layers, builder, parts in ((first, FirstBuilder, ()), (theirs, DraftBuilder, (DraftBackend,))):
+    step, kinds = Step(name, unit), [(theirs, None if second else DraftBuilder, (DraftBackend,))]
+    if not second:
+        kinds.append((first, FirstBuilder, ()))
+    for layers, builder, parts in kinds:
         made = {b: _with(b, step, builder, *parts) for b in {x.attn_backend for x in layers}}
         for layer in layers:
             layer.attn_backend = made[layer.attn_backend]

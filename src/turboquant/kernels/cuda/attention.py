@@ -2,7 +2,8 @@
 
 Every size and offset comes from PageLayout and every table from maths/; the CUDA sources in csrc/ know none. Rows are
 independent: a row has the same bits alone and among the other rows of a verify step, as long as the work is cut in the
-same places, which depends on the lengths in steps of 8 pages and of a sixteenth, and on whether all are in one step.
+same places. That depends on the tokens in the cache before the step, in steps of 8 pages and of a sixteenth, and on
+whether all sequences are in one step; it does not depend on how many tokens come.
 """
 
 import ctypes
@@ -76,6 +77,7 @@ def config(
     kv, four = layout.kv, int8_levels(4)[0]
     numbers = page_macros(layout, dtype) | {
         "ROWS": rows_of_tile, "TILES": tiles, "WARPS": warps, "BUFFERS": BUFFERS, "MANY": int(many), "CAP": int(cap),
+        "MAX_TOKENS": MAX_TOKENS,
         "SCRATCH_BYTES": scratch_bytes(layout, rows_of_tile * tiles), "HALF": half_bytes(layout, rows_of_tile * tiles),
         "KEY_UNIT": f"{int8_levels(kv.key_bits)[1]!r}f", "VALUE_UNIT": f"{int8_levels(kv.value_bits)[1]!r}f",
     }  # fmt: skip

@@ -24,14 +24,17 @@ struct Span {  // a sequence's share: c.exact tiles of 16 tokens, then pages fro
 };
 DEVICE Span span_of(const Call& c, int b) {
   const i64 start = c.length[b];
-  // rows of a chunk read pages up to the one that holds position t - ring
-  const i64 reach = start + c.tokens - 1 - c.ring;
-  i64 last = reach < 0 ? 0 : reach / P + 1;
-  last = min(min(last, start / P), i64(c.pool ? c.width : 0));
+  // rows of a chunk of so many tokens read pages up to the one that holds position t - ring
+  auto upto = [&](int tokens) {
+    const i64 reach = start + tokens - 1 - c.ring;
+    return min(min(reach < 0 ? 0 : reach / P + 1, start / P), i64(c.pool ? c.width : 0));
+  };
+  const i64 last = upto(c.tokens);
   const i64 behind = c.window ? start - c.window + 1 : 0;
-  // in steps of eight pages and of a sixteenth: how work is cut into pieces rarely depends on the exact length
+  // in steps of eight pages and of a sixteenth: how work is cut into pieces rarely depends on the exact length; and as for
+  // the longest chunk, so that it never depends on how many tokens come
   const int first = behind > 0 ? int(behind / P) & ~7 : 0;
-  int pages = last > first ? int(last) - first : 0;
+  int pages = max(0, int(upto(MAX_TOKENS)) - first);
   const int grain = max(8, 1 << max(0, 28 - __clz(pages | 1)));
   pages = (pages + grain - 1) & -grain;
   return {start, first, int(last), c.exact + pages};
