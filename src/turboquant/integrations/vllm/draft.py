@@ -134,9 +134,11 @@ def serve(name: str, first: Sequence[Any], theirs: Sequence[Any], unit: int, sec
     """
     if hasattr(theirs[0].attn_backend, "step"):
         return
-    step, kinds = Step(name, unit), [(theirs, None if second else DraftBuilder, (DraftBackend,))]
-    if not second:
-        kinds.append((first, FirstBuilder, ()))
+    step = Step(name, unit)
+    kinds: list[tuple[Sequence[Any], type | None, tuple[type, ...]]] = [
+        (theirs, None if second else DraftBuilder, (DraftBackend,)),
+        *([] if second else [(first, FirstBuilder, ())]),
+    ]
     for layers, builder, parts in kinds:
         made = {b: _with(b, step, builder, *parts) for b in {x.attn_backend for x in layers}}
         for layer in layers:
