@@ -103,7 +103,7 @@ JOBS = {  # of one model, in one process: starting it costs more than a small en
     "kv4 draft": KV4 | {"settings": SPECULATIVE},
     "kv4 dense": KV4 | {"settings": {"prefix_cache_retention_interval": None}},
     "fp8": KV4 | {"settings": {"kv_cache_dtype": "fp8"}, "raises": True},
-    "raw draft model": RAW | drafts("itself", **CHUNKED, num_gpu_blocks_override=75) | {"tokens": 70},
+    "raw draft model": RAW | drafts("itself", **CHUNKED, num_gpu_blocks_override=58) | {"tokens": 70},
     "kv4 draft model": KV4 | drafts("itself", enable_prefix_caching=False),
     "kv4 draft model twice": KV4 | drafts("packed", **CHUNKED) | {"times": 2},
     "kv4 poor draft model": KV4 | drafts("small", **CHUNKED),

@@ -112,7 +112,7 @@ class Plain:
 
 
 def test_a_draft_model_gets_the_table_of_its_own_group_or_an_error():
-    step = draft.Step("layers.0", 64)
+    step = draft.Step("layers.0", 64, 64)
     kinds = [type("", (kind, Plain), {"step": step}) for kind in (draft.FirstBuilder, draft.DraftBuilder)]
     first, second, own = kinds[0]("layers.0"), kinds[0]("layers.1"), kinds[1]("draft_model.layers.0")
     tables = [torch.full((2, 3), i) for i in range(3)]

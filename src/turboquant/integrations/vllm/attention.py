@@ -104,7 +104,8 @@ def check(config: Any) -> None:
     name, first = next(iter(ours.items()))
     unit = max(x.num_kv_heads * x.impl.layout.row for x in ours.values())
     same = [x for x in ours.values() if x.attn_backend is first.attn_backend]
-    draft.serve(name, same, list(theirs.values()), unit, draft.second_runner(config))
+    page = min(x.impl.layout.kv.page for x in ours.values())
+    draft.serve(name, same, list(theirs.values()), unit, page, draft.second_runner(config))
 
 
 def _ours(layer: Any) -> bool:

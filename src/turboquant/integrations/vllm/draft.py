@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, MultipleOf
 
 PREFIX = "draft_model."  # vLLM's, of the names of its layers
 
@@ -52,13 +52,14 @@ class Step:
     """What the builders of a model and its draft model share over a step.
 
     Attributes:
-        first: name of the model's first layer. unit: bytes of a block of ours.
+        first: name of the model's first layer. unit: bytes of a block of ours. page: tokens of it, the fewest.
         kept: metadata of the first group, which the runner keeps for the draft model; None once they are right.
         table: (R, M) int32, block table of the draft model's group.
     """
 
     first: str
     unit: int
+    page: int
     kept: CommonAttentionMetadata | None = None
     table: Tensor | None = None
 
@@ -106,13 +107,18 @@ class DraftBackend:
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """The smallest blocks its kernels take, padded to whole blocks of ours: those of vLLM's pool have one size, and
-        several of ours lie in one if they fill it.
+        """Blocks that fill a block of ours best, of up to a page of tokens, padded to it: those of vLLM's pool have one
+        size. Where the smallest that the kernels take are larger, several of ours lie in one.
         """
         spec = super().customize_spec(spec)  # type: ignore[misc]
         sizes = cls.get_supported_kernel_block_sizes(spec)  # type: ignore[attr-defined]
-        spec = replace(spec, block_size=min(getattr(s, "base", s) for s in sizes))
-        return replace(spec, page_size_padded=-(-spec.page_size_bytes // cls.step.unit) * cls.step.unit)
+        made = replace(spec, block_size=min(getattr(s, "base", s) for s in sizes))
+        while any(isinstance(s, MultipleOf) for s in sizes) and 2 * made.block_size <= cls.step.page:
+            twice = replace(made, block_size=2 * made.block_size)
+            if twice.page_size_bytes > cls.step.unit:
+                break
+            made = twice
+        return replace(made, page_size_padded=-(-made.page_size_bytes // cls.step.unit) * cls.step.unit)
 
 
 def _with(backend: type[AttentionBackend], step: Step, builder: type | None, *parts: type) -> type[AttentionBackend]:
@@ -125,16 +131,16 @@ def _with(backend: type[AttentionBackend], step: Step, builder: type | None, *pa
     return type(backend.__name__, (*parts, backend), more)
 
 
-def serve(name: str, first: Sequence[Any], theirs: Sequence[Any], unit: int, second: bool) -> None:
+def serve(name: str, first: Sequence[Any], theirs: Sequence[Any], unit: int, page: int, second: bool) -> None:
     """Give a model's layers and its draft model's the backends of this file; idempotent.
 
     Args:
         name: of the model's first layer. first: those of its backend. theirs: the draft model's.
-        unit: bytes of a block of ours. second: as of `second_runner`.
+        unit, page: as of Step. second: as of `second_runner`.
     """
     if hasattr(theirs[0].attn_backend, "step"):
         return
-    step = Step(name, unit)
+    step = Step(name, unit, page)
     kinds: list[tuple[Sequence[Any], type | None, tuple[type, ...]]] = [
         (theirs, None if second else DraftBuilder, (DraftBackend,)),
         *([] if second else [(first, FirstBuilder, ())]),
