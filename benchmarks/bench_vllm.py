@@ -10,6 +10,7 @@ tokens/s are those of the median step. `blocks` and `capacity` are what vLLM mak
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import statistics
@@ -139,6 +140,8 @@ def main() -> None:
     args.shape = args.shape or (["4x100"] if args.tiny else ["8x32768", "64x4096"])
     if args.one:
         return run(args)
+    if importlib.util.find_spec("vllm") is None:
+        raise SystemExit('vLLM is not installed: pip install "turboquant[vllm]"')
     rows, failed = [], []
     for cache in args.cache:
         command = [sys.executable, __file__, "--one", "--cache", cache, "--tokens", str(args.tokens)]

@@ -7,6 +7,7 @@ at a time the 16-bit weight exists. `python benchmarks/vllm_load.py [--recipe w4
 
 import argparse
 import gc
+import importlib.util
 import os
 import subprocess
 import sys
@@ -95,6 +96,8 @@ def main() -> None:
     if given.one:
         print("RESULT", *load(*given.one))
         return
+    if importlib.util.find_spec("vllm") is None:
+        raise SystemExit('vLLM is not installed: pip install "turboquant[vllm]"')
     with tempfile.TemporaryDirectory() as folder:
         few, many = (checkpoint(Path(folder), n) for n in (FEW, given.layers))
         more = (given.layers - FEW) * 2**20

@@ -79,9 +79,9 @@ def words_of(way: str) -> dict[str, str]:
         SystemExit: one that is not known.
     """
     words = dict([*w.split("="), ""][:2] for w in way.split(","))
-    unknown = [w for w, n in words.items() if not (n.isdecimal() if w in ("tp", "pp", "few") else w in WORDS and not n)]
-    if unknown:
-        raise SystemExit(f"--way {way}: {unknown} not known; allowed are tp=N, pp=N, few=N, {', '.join(WORDS)}")
+    for word, n in words.items():
+        if not (n.isdecimal() if word in ("tp", "pp", "few") else word in WORDS and not n):
+            raise SystemExit(f"--way {way}: {word!r} is not one of tp=N, pp=N, few=N, {', '.join(WORDS)}")
     return words
 
 
