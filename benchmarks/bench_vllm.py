@@ -93,7 +93,8 @@ def decode(llm: Any, batch: int, length: int, tokens: int, vocabulary: int) -> d
 
 def run(args: argparse.Namespace) -> None:
     """One cache, in this process."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", HF_HUB_OFFLINE="1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     import vllm
     import vllm.platforms
