@@ -16,11 +16,12 @@ KV = parse_recipe("kv4").kv
 
 DRAFT = SimpleNamespace(method="draft_model")
 GPU = SimpleNamespace(device_type="cuda")
+SECOND = {"device_config": GPU, "use_v2_model_runner": True}
 
 
 def parallel(**given):
-    sizes = ("decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size")
-    return SimpleNamespace(**(dict.fromkeys(sizes, 1) | given))
+    kinds = ("decode_context", "prefill_context", "pipeline", "tensor")
+    return SimpleNamespace(**(dict.fromkeys((f"{k}_parallel_size" for k in kinds), 1) | given))
 
 
 def config(**given):
@@ -83,6 +84,10 @@ def test_layers(made, words):
             "pipeline parallelism",
         ),
         (
+            {"speculative_config": DRAFT, "parallel_config": parallel(tensor_parallel_size=2)} | SECOND,
+            "tensor parallelism on GPUs",
+        ),
+        (
             {"speculative_config": SimpleNamespace(method="draft_model", parallel_drafting=True, kv_cache_dtype="fp8")},
             "parallel_drafting and a kv_cache_dtype of their own",
         ),
@@ -97,8 +102,10 @@ def test_configurations(given, words):
 def test_drafts_are_served():
     for method in ("ngram", "draft_model"):
         drafts = {"speculative_config": SimpleNamespace(method=method)}
+        two = drafts | {"parallel_config": parallel(tensor_parallel_size=2)}
+        assert refusal(layer(), KV, config(**two)) is None
         assert refusal(layer(), KV, config(**drafts)) is None
-        assert refusal(layer(), KV, config(**drafts, device_config=GPU, use_v2_model_runner=True)) is None
+        assert refusal(layer(), KV, config(**drafts, **SECOND)) is None
 
 
 class Plain:

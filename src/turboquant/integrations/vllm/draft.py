@@ -40,6 +40,7 @@ def refusal(config: Any) -> str | None:
     spec = config.speculative_config
     untested = {
         "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
+        "tensor parallelism on GPUs": not cpu and config.parallel_config.tensor_parallel_size > 1,
         "parallel_drafting": getattr(spec, "parallel_drafting", False),
         "a kv_cache_dtype of their own": getattr(spec, "kv_cache_dtype", None) is not None,
     }
