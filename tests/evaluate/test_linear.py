@@ -1,5 +1,6 @@
 """Instruments for linear layers: fidelity, baselines, what enters the layers, speed, quantizing into a folder."""
 
+import copy
 import json
 import os
 import subprocess
@@ -160,11 +161,22 @@ def test_quantize_writes_a_folder_that_loads(tiny_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert set(layers) == {r["name"] for r in rows} and summary["weights"] == len(rows) == 14
-    assert summary["linear_bytes"] == sum(b.nbytes for m in layers.values() for b in m.buffers())
-    assert summary["linear_bytes"] < summary["linear_before"] / 5 and summary["model_bytes"] < summary["model_before"]
+    assert summary["packed_bytes"] == sum(b.nbytes for m in layers.values() for b in m.buffers())
+    assert summary["packed_bytes"] < summary["packed_before"] / 5 and summary["model_bytes"] < summary["model_before"]
     assert summary["folder_bytes"] >= summary["model_bytes"] and 0.02 < summary["error"] < 0.2
     assert layers["model.layers.0.mlp.down_proj"].recipe.name == "w8a8"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q"], "nothing is left beside it"
+
+
+def test_a_tied_weight_counts_once(tmp_path, tiny_llama, tiny_tokenizer):
+    model = copy.deepcopy(tiny_llama)
+    model.config.tie_word_embeddings, model.lm_head.weight = True, model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "tied")
+    tiny_tokenizer.save_pretrained(tmp_path / "tied")
+    rows, summary = quantize(tmp_path / "tied", tmp_path / "q", "w8:head=8,embed=8", dtype="float32")
+    before = {r["name"]: r["bytes_before"] for r in rows}
+    assert before["model.embed_tokens"] == 97 * 64 * 4 and before["lm_head"] == 0
+    assert summary["packed_before"] == sum(before.values()) <= summary["model_before"]
 
 
 def test_a_fresh_process_loads_the_folder(tiny_folder, tmp_path):

@@ -39,8 +39,9 @@ def quantize(
             random ones: these need no data.
 
     Returns:
-        rows of `layers.convert.quantize_model`, and {"recipe", "weights", "bits_per_weight", "linear_before",
-        "linear_bytes", "model_before", "model_bytes", "folder_bytes", "error"} (bytes; error relative, over all).
+        rows of `layers.convert.quantize_model`, and {"recipe", "weights", "bits_per_weight", "packed_before",
+        "packed_bytes", "model_before", "model_bytes", "folder_bytes", "error"} (bytes; error relative; of all packed
+        weights, embeddings among them with head=8 and embed=8).
 
     Raises:
         EvaluateError, RecipeError: before any work.
@@ -78,14 +79,14 @@ def quantize(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     numbers = sum(_numbers(r) for r in packed)
-    linear = sum(r["bytes"] for r in packed)
+    size = sum(r["bytes"] for r in packed)
     summary = {
         "recipe": config.recipe,
         "feedback": str(feedback) if feedback else None,
         "weights": len(packed),
-        "bits_per_weight": 8 * linear / numbers,
-        "linear_before": sum(r["bytes_before"] for r in packed),
-        "linear_bytes": linear,
+        "bits_per_weight": 8 * size / numbers,
+        "packed_before": sum(r["bytes_before"] for r in packed),
+        "packed_bytes": size,
         "model_before": before,
         "model_bytes": _bytes(model),
         "folder_bytes": sum(f.stat().st_size for f in out.iterdir()),

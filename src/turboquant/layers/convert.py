@@ -273,17 +273,18 @@ def quantize_model(
 
     Returns:
         one row a weight: {"name", "recipe", "shape", "bits", "bytes", "bytes_before", "error", "feedback"}; bits are
-        those stored for each weight (None where it is not packed), error is relative to the weight's norm, feedback
-        says whether it was rounded with error feedback. With moments a warning names the packed weights that were not.
+        those stored for each weight (None where it is not packed), bytes_before is 0 where a row above has counted that
+        very weight (tied embeddings), error is relative to the weight's norm, feedback says whether it was rounded with
+        error feedback. With moments a warning names the packed weights that were not.
     """
     shared, rows = Shared(), []
-    found = list(targets(model, plan, head))
+    found, counted = list(targets(model, plan, head)), set[int]()
     for i, (name, module, recipe) in enumerate(found):
         new = shell(module, recipe, shared)
         turn = bool(getattr(module, "is_transposed", False))
         for key, slot in new.slots.items():
-            w = getattr(module, key)
-            w = w.detach().mT.contiguous() if turn else w.detach()
+            own = getattr(module, key)  # alive as long as `found` is, so its id is its own
+            w = own.detach().mT.contiguous() if turn else own.detach()
             moment = (moments or {}).get(name) if recipe.weights is not None and w.dim() == 2 else None
             slot.load(w, moment)
             if recipe.weights is None:
@@ -291,7 +292,9 @@ def quantize_model(
             if slot.tracked:
                 slot.start(norm_prior(model, name))
             called = name if len(new.slots) == 1 else f"{name}.{key}"
-            rows.append(row(called, slot, w) | {"feedback": moment is not None})
+            before = 0 if id(own) in counted else own.nbytes
+            counted.add(id(own))
+            rows.append(row(called, slot, w) | {"bytes_before": before, "feedback": moment is not None})
         _put(model, name, new)
         if progress:
             progress("layers", i + 1, len(found))
