@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 from turboquant.cli import app
 from turboquant.evaluate import EvaluateError, fidelity, quantizing
 from turboquant.evaluate.inputs import linear_inputs
-from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_scheme, stored_note
+from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_bits, linear_scheme, stored_note
 from turboquant.evaluate.models import load
 from turboquant.evaluate.quantizing import by_kind, quantize
 from turboquant.evaluate.speed import bench
+from turboquant.layers.convert import Quantized
 from turboquant.layers.linear import QuantLinear
 from turboquant.layers.moments import moments_of, moments_without_data, own_words
 from turboquant.recipe import RecipeError, parse_recipe
@@ -42,6 +43,16 @@ def test_bits_and_kernels(rows):
     assert 8 < rows["a8"]["activation_bits"] < 9 and rows["a8"]["weight_bits"] == 32
     assert rows["w8a8kv4"]["key_bits"] < 6 and rows["w8a8"]["key_bits"] == 32
     assert rows["nf4"]["kernel"] == "fake-quant" and rows["w8a8"]["kernel"] == rows["w8a8kv4"]["linear_kernel"]
+
+
+def test_bits_count_embeddings_that_are_packed(tiny_llama):
+    """In 4 bit the layers, in 8 bit the embeddings: 97 rows of 64 at either end, groups of 64 in both."""
+    with linear_scheme(tiny_llama, parse_recipe("w4a8:head=8,embed=8")):
+        found = linear_bits(tiny_llama, parse_recipe("w4a8:head=8,embed=8"))
+        slots = [s for m in tiny_llama.modules() if isinstance(m, Quantized) for s in m.slots.values()]
+        numbers = sum(s.shape[0] * s.shape[1] for s in slots)
+        assert found["weight_bits"] == pytest.approx(8 * sum(s.packed().nbytes for s in slots) / numbers)
+        assert len(slots) == 2 * 7 + 2 and found["activation_bits"] < 9
 
 
 def test_the_model_is_itself_again(rows, tiny_llama):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from turboquant.evaluate.errors import EvaluateError
 from turboquant.evaluate.texts import read_texts, windows
 from turboquant.layers.convert import Plan, Quantized, experts_products, quantized
-from turboquant.layers.linear import QuantExperts, QuantLinear
+from turboquant.layers.embedding import QuantEmbedding
 from turboquant.layers.moments import Progress, moments_of
 from turboquant.recipe import Recipe, parse_recipe
 
@@ -167,18 +167,20 @@ def _faked(model: Any, s: LinearBaseline) -> Iterator[None]:
 
 
 def linear_bits(model: Any, s: Any) -> dict[str, float]:
-    """True bits per weight and per activation number of the linear layers, averaged over them; to call within
-    `linear_scheme`."""
+    """True bits per weight and per activation number of the linear layers, averaged over them, and per weight of
+    embeddings that are packed; to call within `linear_scheme`."""
     weights = activations = inputs = count = 0.0
     head, whole = model.get_output_embeddings(), model.dtype.itemsize * 8.0
     for m in model.modules():
-        if isinstance(m, QuantLinear | QuantExperts):
+        if isinstance(m, Quantized):
             for slot in m.slots.values():
                 *_, n, k = slot.shape
                 numbers, r = n * k * (slot.shape[0] if len(slot.shape) == 3 else 1), slot.recipe
                 weights += numbers * (r.weights.bits_per_weight(k) if r.weights else whole)
-                activations += k * (r.activations.bits_per_activation(k) if r.activations else whole)
-                count, inputs = count + numbers, inputs + k
+                count += numbers
+                if not isinstance(m, QuantEmbedding):  # which looks rows up: no numbers enter it
+                    activations += k * (r.activations.bits_per_activation(k) if r.activations else whole)
+                    inputs += k
         elif isinstance(s, LinearBaseline) and isinstance(m, nn.Linear) and m is not head:
             n, k = m.weight.shape
             weights += n * k * (s.weight_bits(k) if s.weight else whole)
