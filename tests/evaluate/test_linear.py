@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 from turboquant.cli import app
 from turboquant.evaluate import EvaluateError, fidelity, quantizing
 from turboquant.evaluate.inputs import linear_inputs
-from turboquant.evaluate.linear import LINEAR_BASELINES, collect_moments, linear_bits, linear_scheme, stored_note
+from turboquant.evaluate.linear import (
+    LINEAR_BASELINES,
+    check_folder,
+    collect_moments,
+    linear_bits,
+    linear_scheme,
+    stored_note,
+)
 from turboquant.evaluate.models import load
 from turboquant.evaluate.quantizing import by_kind, quantize
 from turboquant.evaluate.speed import bench
@@ -119,6 +126,19 @@ def test_what_is_stored_quantized_is_not_quantized_again(tiny_folder, tiny_token
     assert "The linear layers are stored as 'w4a8kv4'" in stored_note(model)
     quantize(str(tiny_folder), tmp_path / "some", "w4", overrides={"mlp": "none"}, dtype="float32")
     assert "The linear layers (8 of them; 6 are as they were)" in stored_note(load(tmp_path / "some", "float32")[0])
+
+
+def test_commands_refuse_a_folder_before_they_load_it(tiny_folder, tmp_path, monkeypatch):
+    quantize(tiny_folder, tmp_path / "q", "w4a8kv4", dtype="float32")
+    quantize(tiny_folder, tmp_path / "some", "w4a8", overrides={"mlp": "none"}, dtype="float32")
+    monkeypatch.setattr("turboquant.evaluate.models.load", lambda *a: pytest.fail("loaded"))
+    for command, *rest in (["bench", "-r", "w8"], ["generate", "Hello.", "-r", "w8a8kv4"], ["eval", "-r", "nf4"]):
+        done = run(command, tmp_path / "q", *rest)
+        assert done.exit_code == 2 and "are stored as 'w4a8kv4' and cannot be quantized again" in done.stderr
+    assert "are stored as 'w4a8'" in run("bench", tmp_path / "some", "-r", "w4").stderr
+    for recipe in ("kv4", "w4a8", "w4a8kv4:ring=64"):
+        check_folder(tmp_path / "q", [parse_recipe(recipe)])
+    check_folder(tiny_folder, [parse_recipe("w8")])
 
 
 def test_an_override_may_have_options(tiny_folder, tmp_path):

@@ -140,12 +140,12 @@ def load(
 ) -> tuple[Any, Any]:
     """The model and its tokenizer, after everything has been checked that can be checked without them."""
     from turboquant.evaluate.fidelity import scheme
+    from turboquant.evaluate.linear import check_folder
     from turboquant.evaluate.models import load
     from turboquant.evaluate.results import check_output
     from turboquant.evaluate.texts import read_texts
 
-    for recipe in recipes:
-        scheme(recipe)
+    check_folder(model, [scheme(recipe) for recipe in recipes])
     if texts:
         read_texts(texts)
     for path in outputs:

@@ -35,7 +35,7 @@ def generate(
         raise EvaluateError("PROMPT is empty; give at least one word")
     if recipe:
         parse_recipe(recipe)  # a scheme to compare with cannot generate
-    net, tokenizer = load(model, dtype, device, threads, seed, [], [], (json,))
+    net, tokenizer = load(model, dtype, device, threads, seed, [recipe] if recipe else [], [], (json,))
     from turboquant.evaluate import generation, report
     from turboquant.evaluate.linear import folder_recipe
 

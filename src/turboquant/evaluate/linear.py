@@ -10,7 +10,8 @@ w8a8-token          int8-chan and a8-token together
 llm-int8            the same, but input channels with an entry beyond 6 in 16 bit (arXiv:2208.07339): bitsandbytes' int8
 """
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
@@ -94,21 +95,51 @@ LINEAR_BASELINES = _schemes()
 @contextmanager
 def linear_scheme(model: Any, s: Any, moments: Any = None) -> Iterator[None]:
     """Within the context the model's linear layers are those of a recipe or of a baseline; afterwards its own again."""
-    wanted = s.linear if isinstance(s, Recipe) else s if isinstance(s, LinearBaseline) else None
+    wanted = _wanted(s)
     stored = _stored(model)
-    if wanted is None or (stored is not None and wanted == stored.linear):
+    _check_stored(stored, s)
+    if wanted is None or stored is not None:
         yield  # the model as it is
-    elif stored is not None:
-        raise EvaluateError(
-            f"the model's linear layers are stored as {stored.name!r} and cannot be quantized again: name a recipe for "
-            "the cache alone, or the model that it was made from"
-        )
     elif isinstance(s, Recipe) and s.linear is not None:
         with quantized(model, Plan(s), model.get_output_embeddings(), moments):
             yield
     else:
         with _faked(model, s):
             yield
+
+
+def _wanted(s: Any) -> Any:
+    """What a scheme makes of linear layers, None if it leaves them alone."""
+    return s.linear if isinstance(s, Recipe) else s if isinstance(s, LinearBaseline) else None
+
+
+def _check_stored(stored: Recipe | None, s: Any) -> None:
+    wanted = _wanted(s)
+    if stored is not None and wanted is not None and wanted != stored.linear:
+        raise EvaluateError(
+            f"the model's linear layers are stored as {stored.name!r} and cannot be quantized again: name a recipe for "
+            "the cache alone, or the model that it was made from"
+        )
+
+
+def check_folder(name: str | Path, schemes: Sequence[Any]) -> None:
+    """Refuse, before it is loaded, what `linear_scheme` refuses of a folder that `quantize` wrote.
+
+    Raises:
+        EvaluateError: its linear layers are stored, and a scheme would have them otherwise.
+    """
+    from turboquant.integrations.transformers.attention import NAME
+
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        if config["quant_method"] != NAME:
+            return
+        stored, overrides = parse_recipe(config["recipe"]), config.get("overrides", {}).values()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return  # another model; loading says what is wrong with it, if anything is
+    if stored.linear is not None or any(r != "none" for r in overrides):
+        for s in schemes:
+            _check_stored(stored, s)
 
 
 def _stored(model: Any) -> Recipe | None:
