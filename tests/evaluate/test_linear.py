@@ -149,6 +149,17 @@ def test_an_override_may_have_options(tiny_folder, tmp_path):
     assert config["overrides"] == {"down_proj": "w4a8:group=32"}
 
 
+def test_an_override_that_decides_nothing_is_one_line(tiny_folder, tmp_path):
+    """In a process of its own: pytest takes warnings away before they are shown."""
+    code = f"from turboquant.cli import app; app(['quantize', {str(tiny_folder)!r}, {str(tmp_path / 'q')!r}, '-q', "
+    code += "'--dtype', 'float32', '--override', 'lm_head=w8'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if "decides nothing" in x]
+    assert line.startswith("warning: the override 'lm_head' decides nothing: it names") and line.endswith("head=8")
+    assert "UserWarning" not in done.stderr and "warnings.warn" not in done.stderr
+
+
 def test_unknown_recipe_lists_the_baselines(tiny_llama, tiny_tokenizer, prose):
     with pytest.raises(RecipeError, match=r"nf4.*llm-int8"):
         fidelity(tiny_llama, tiny_tokenizer, ["w5"], prose, 256, 256)

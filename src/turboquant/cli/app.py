@@ -2,6 +2,8 @@
 
 import os
 import sys
+import warnings
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +15,15 @@ from turboquant import __version__
 
 
 class Group(TyperGroup):
-    """Turns what users can mend into one line `error: ...` and exit code 2; --debug shows the traceback."""
+    """Turns what users can mend into one line `error: ...` and exit code 2, and this package's warnings into one line
+    `warning: ...`; --debug shows the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         args = list(ctx.args)
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = partial(_warn, warnings.showwarning)
+                return super().invoke(ctx)
         except Exception as e:
             usage = hasattr(e, "format_message") and getattr(e, "exit_code", 0) == 2
             ours = type(e).__module__.startswith("turboquant.")
@@ -27,6 +32,13 @@ class Group(TyperGroup):
             text = _usage(e, args) if usage else str(e)
             print("error:", " ".join(text.split()), file=sys.stderr)
             raise typer.Exit(2) from None
+
+
+def _warn(other: Any, message: Any, category: Any, filename: str, *args: Any) -> None:
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
+        print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    else:
+        other(message, category, filename, *args)
 
 
 def _usage(error: Any, args: list[str]) -> str:
