@@ -230,8 +230,11 @@ def test_models_that_have_no_input_embeddings():
 
 def test_input_embeddings_that_cannot_be_packed(saved):
     _, folder = saved("llama-gqa", tie_word_embeddings=True)
-    with pytest.raises(RecipeError, match="one weight, of which embed=8 alone would make"):
+    with pytest.raises(RecipeError, match="embed=8 alone would make a second copy; add head=8, or leave embed=8 out"):
         load(folder, "w8:embed=8")
+    for left in ({"modules_to_not_convert": ["lm_head"]}, {"overrides": {"lm_head": "none"}}):
+        with pytest.raises(RecipeError, match="second copy; lm_head is left as it is, so leave embed=8 out too"):
+            load(folder, "w8:head=8,embed=8", **left)
 
     from transformers import T5Config, T5ForConditionalGeneration
 

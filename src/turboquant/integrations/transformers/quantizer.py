@@ -249,9 +249,12 @@ def _check_ends(model: Any, plan: Plan, head: Any) -> None:
                 f"{plan.recipe.name!r}: {name} is the input embeddings' too, of which embed=8 would make a copy"
             )
     if ends and head not in ends and _tied(model):
+        name = next((n for n, m in model.named_modules() if m is head), "the output embeddings")
+        asked = plan.recipe.weights is not None and plan.recipe.weights.head
+        mend = f"{name} is left as it is, so leave embed=8 out too" if asked else "add head=8, or leave embed=8 out"
         raise RecipeError(
             f"{plan.recipe.name!r}: this model's input and output embeddings are one weight, of which embed=8 "
-            "alone would make a second copy"
+            f"alone would make a second copy; {mend}"
         )
 
 
