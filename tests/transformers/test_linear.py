@@ -370,7 +370,7 @@ def test_error_feedback_while_loading(recipe, feedback, saved, tmp_path, ids):
     assert torch.equal(logits(again, ids), logits(q, ids))
 
 
-@pytest.mark.parametrize("feedback", ["itself", "random:x", "self:", "self:/no/such/folder/words.json"])
+@pytest.mark.parametrize("feedback", ["itself", "random:x", "self:", "self:/no/such/folder/words.json", 64, True])
 def test_feedback_refuses(feedback):
     with pytest.raises(FeedbackError, match="feedback="):
         TurboQuantConfig("w4a8", feedback=feedback)

@@ -26,7 +26,7 @@ def check_feedback(feedback: str) -> tuple[str, Path | None]:
     Raises:
         FeedbackError: none of them, or there is no such folder.
     """
-    kind, colon, file = feedback.partition(":")
+    kind, colon, file = feedback.partition(":") if isinstance(feedback, str) else ("", "", "")
     if kind not in FEEDBACK or (colon and (kind != "self" or not file)):
         raise FeedbackError(f"feedback={feedback!r} is not allowed: 'self', 'self:FILE' or 'random'")
     if file and not Path(file).absolute().parent.is_dir():
