@@ -152,9 +152,7 @@ class WeightRecipe:
         """
         group = gcd(width, self.group) if self.group else width
         if group < 8 or width % 8:
-            raise RecipeError(
-                f"a linear layer with {width} inputs cannot be packed: the inputs must be a multiple of 8"
-            )
+            raise RecipeError(f"a weight (N, {width}) cannot be packed: {width} must be a multiple of 8")
         return group
 
     def clips(self, rotated: bool) -> bool:

@@ -199,8 +199,16 @@ def test_plan_refuses_what_it_cannot_mean():
 
 
 def test_a_layer_that_cannot_be_packed_is_named():
-    with pytest.raises(RecipeError, match=r"^odd: .*30 inputs.*modules_to_not_convert"):
+    with pytest.raises(RecipeError, match=r"^odd: .*\(N, 30\).*modules_to_not_convert"):
         list(targets(nn.ModuleDict({"odd": nn.Linear(30, 16)}), Plan(parse_recipe("w4"))))
+
+
+def test_embeddings_that_cannot_be_packed_are_named():
+    model = nn.ModuleDict({"embed": nn.Embedding(16, 12), "head": nn.Linear(12, 16)})
+    model.get_input_embeddings = lambda: model.embed
+    for recipe, name in (("w8:embed=8", "embed"), ("w8:head=8", "head")):
+        with pytest.raises(RecipeError, match=rf"^{name}: .*\(N, 12\).*modules_to_not_convert"):
+            list(targets(model, Plan(parse_recipe(recipe)), model.head))
 
 
 def test_an_unknown_stack_of_experts_is_never_skipped_silently():

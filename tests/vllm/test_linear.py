@@ -305,7 +305,7 @@ def test_what_cannot_be_served_is_refused(engine):
         "RecipeError: --hf-overrides: ['recipe'] is not read there",
         "None",
         "RecipeError: model.layers.0.attn.qkv_proj is one layer in vLLM, its parts need one recipe",
-        "RecipeError: a.down_proj: a linear layer with 12 inputs cannot be packed: the inputs must be a multiple of 8 "
+        "RecipeError: a.down_proj: a weight (N, 12) cannot be packed: 12 must be a multiple of 8 "
         "(it has 24 in all, 12 on this rank; [1, 3] ranks would fit)",
         "((32, 128), True)",
         "RecipeError: a.down_proj: 128 packed inputs over 2 ranks are 64 each",

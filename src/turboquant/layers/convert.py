@@ -161,19 +161,17 @@ def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iter
         if isinstance(module, nn.Embedding):
             recipe = plan.of(name)
             if module is inputs and recipe is not None and recipe.weights and recipe.weights.embed:
+                _packs(name, recipe, module.embedding_dim)
                 yield name, module, eight_bit(recipe)
         elif module is head:
             recipe = plan.of(name)
             if isinstance(module, nn.Linear) and recipe is not None and recipe.weights and recipe.weights.head:
+                _packs(name, recipe, module.in_features)
                 yield name, module, head_recipe(recipe)
         elif isinstance(module, nn.Linear):
             recipe = plan.of(name)
             if recipe is not None:
-                if recipe.weights is not None:
-                    try:
-                        recipe.weights.group_of(module.in_features)
-                    except RecipeError as e:
-                        raise RecipeError(f"{name}: {e}; name it in modules_to_not_convert") from e
+                _packs(name, recipe, module.in_features)
                 yield name, module, recipe
         elif experts_products(module) and hasattr(module, "is_transposed"):
             recipe = plan.of(name)
@@ -187,6 +185,17 @@ def targets(model: nn.Module, plan: Plan, head: nn.Module | None = None) -> Iter
                     f"{name}.{stacks[0]} is a stack of weights of a kind that is not known ({type(module).__name__}): "
                     "it would stay unquantized; name it in modules_to_not_convert if that is meant"
                 )
+
+
+def _packs(name: str, recipe: Recipe, width: int) -> None:
+    """Raises:
+    RecipeError: a weight of this width cannot be packed.
+    """
+    if recipe.weights is not None:
+        try:
+            recipe.weights.group_of(width)
+        except RecipeError as e:
+            raise RecipeError(f"{name}: {e}; name it in modules_to_not_convert") from e
 
 
 def head_recipe(recipe: Recipe) -> Recipe:
