@@ -68,14 +68,21 @@ def hardware() -> list[dict[str, str]]:
 
 
 def kernels() -> list[dict[str, str]]:
-    """Rows {"op", "kernel", "device", "why"} for kv4 at head_dim 128 and w4a8 at 4096 on the CPU and the first GPU."""
+    """Rows {"op", "kernel", "device", "why"} for kv4 at head_dim 128, and at a width of 4096 for w4a8, w4 and
+    embeddings in 4+4 bit, on the CPU and the first GPU."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     out = []
     for device in devices:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         out += explain(PageLayout(KVRecipe(), 128), device)
         out += explain_linear(LinearSpec(4096, 4096, 1, 128, 8, dtype), device)
-        out += [explain_linear(LinearSpec(4096, 4096, 1, 128, 16, dtype), device)[-1] | {"op": "linear (w4)"}]
+        for op, spec in (
+            ("linear (w4)", LinearSpec(4096, 4096, 1, 128, 16, dtype)),
+            ("output embeddings (w4a8:head=8)", LinearSpec(4096, 128_000, 2, 128, 8, dtype)),
+        ):
+            out += [explain_linear(spec, device)[-1] | {"op": op}]
+        why = "torch decodes the rows that tokens ask for; there is no kernel of it"
+        out += [{"op": "input embeddings (embed=8)", "kernel": "reference", "device": device, "why": why}]
     return out
 
 
