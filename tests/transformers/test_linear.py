@@ -217,6 +217,23 @@ def test_input_embeddings_take_and_refuse_the_ids_that_the_models_own_do(saved, 
         new(torch.ones(1, 3, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("recipe", ["w8:head=8,embed=8", "w8:head=8", "w8:embed=8"])
+def test_packed_embeddings_keep_their_size(recipe, saved, tmp_path, ids):
+    model, folder = saved("llama-gqa", tie_word_embeddings=False)
+    q, have = load(folder, recipe), model.config.vocab_size
+    q.save_pretrained(tmp_path / "q")
+    quantize(model, recipe)
+    name = "model.embed_tokens" if "embed" in recipe else "lm_head"
+    for m in (q, model, AutoModelForCausalLM.from_pretrained(tmp_path / "q")):
+        before = logits(m, ids)
+        for wrong in ({"new_num_tokens": have + 1}, {"pad_to_multiple_of": 7 if have % 7 else 11}):
+            with pytest.raises(RecipeError, match=f"{name} is packed and keeps its {have} tokens"):
+                m.resize_token_embeddings(**wrong)
+        assert m.resize_token_embeddings(have) is m.get_input_embeddings() and torch.equal(logits(m, ids), before)
+    q.dequantize()
+    assert q.resize_token_embeddings(have + 1).weight.shape[0] == have + 1
+
+
 def test_models_that_have_no_input_embeddings():
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 

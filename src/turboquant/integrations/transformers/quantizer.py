@@ -2,6 +2,7 @@
 saved; the cache becomes live."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from turboquant.layers.convert import (
     start_trackers,
     targets,
 )
+from turboquant.layers.embedding import QuantEmbedding
 from turboquant.layers.fused import fuse
+from turboquant.layers.linear import QuantLinear
 from turboquant.layers.moments import moments_without_data
 from turboquant.packed.checkpoint import CheckpointError, check
 from turboquant.recipe import RecipeError, parse_recipe
@@ -138,6 +141,7 @@ class TurboQuantizer(HfQuantizer):
             start_trackers(model)
         fuse(model, head)
         fuse_decoders(model)
+        _keep_size(model)
         if any(isinstance(m, Quantized) for m in model.modules()):
             # The saved names are the modules' own: nothing is to be turned back into a checkpoint's names.
             model._weight_conversions = []
@@ -165,6 +169,7 @@ class TurboQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         # a saved model's configuration holds its dtype as a word
         dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model.__dict__.pop("resize_token_embeddings", None)
         if self.attached is not None:
             self.attached.remove()
             self.attached = None
@@ -223,8 +228,33 @@ def _quantize_loaded(
         untie(model)
     rows = quantize_model(model, plan, head, moments, progress)
     fuse_decoders(model)
+    _keep_size(model)
     model._weight_conversions = []  # the saved names are the modules' own
     return rows, attach(model, recipe) if recipe.kv is not None else None
+
+
+def _keep_size(model: Any) -> None:
+    """Let a model with packed embeddings refuse another number of tokens, over which transformers would trip."""
+    head = _head(model)
+    ends = [
+        name for name, m in model.named_modules()
+        if isinstance(m, QuantEmbedding) or (m is head and isinstance(m, QuantLinear) and m.recipe.weights)
+    ]  # fmt: skip
+    if ends:
+        model.resize_token_embeddings = partial(_refuse_size, model, ends[0])
+
+
+def _refuse_size(
+    model: Any, name: str, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
+    **kwargs: Any,
+) -> Any:  # fmt: skip
+    have = model.config.get_text_config(decoder=True).vocab_size
+    if new_num_tokens in (None, have) and have % (pad_to_multiple_of or 1) == 0:
+        return model.get_input_embeddings()
+    raise RecipeError(
+        f"resize_token_embeddings: {name} is packed and keeps its {have} tokens; resize the model first and then "
+        "quantize it, or load it without head=8 and embed=8"
+    )
 
 
 def _tied(model: Any) -> bool:
