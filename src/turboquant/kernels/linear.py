@@ -15,6 +15,7 @@ from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FEW = 16  # rows up to which `cuda` has a product of its own, which a quantizer before it lets in early
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,12 @@ from torch import Tensor
 
 from turboquant.kernels import ops
 from turboquant.kernels.cuda import product
-from turboquant.kernels.linear import Coded, LinearSpec, LinearState, rows_of
+from turboquant.kernels.linear import FEW, Coded, LinearSpec, LinearState, rows_of
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe
 
 PACKAGE = "humming"
-FEW = 16  # rows up to which `product` takes over
-# (up to as many the quantizer before it lets it in early: `Launch.early_to` of kernels/triton/rows.py is the same)
 
 
 def supports(op: str, spec: Any, device: torch.device) -> str | None:

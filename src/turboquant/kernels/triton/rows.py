@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from turboquant.kernels.fused import NormRule
+from turboquant.kernels.linear import FEW
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.maths.rotation import hadamard_block, signs
 from turboquant.recipe import ActivationRecipe
@@ -238,7 +239,7 @@ class Launch:
     sweep_from: int = 1024
     programs: int = 528
     warps: float = 1.0
-    early_to: int = 16  # `FEW` of kernels/cuda/linear.py
+    early_to: int = FEW
 
 
 LAUNCH = Launch()
