@@ -53,7 +53,8 @@ def threads(layout: PageLayout) -> int:
 
 
 def _floats(name: str, values: list[float]) -> str:
-    return f"__constant__ float {name}[{len(values)}] = {{{', '.join(f'{v!r}f' for v in values)}}};"
+    """Not in constant memory, where lanes that want different ones wait for each other."""
+    return f"__device__ const float {name}[{len(values)}] = {{{', '.join(f'{v!r}f' for v in values)}}};"
 
 
 def _bytes(name: str, *parts: Tensor) -> str:

@@ -188,19 +188,21 @@ DEVICE void get_sixteen(const float* from, float (&y)[16]) {
 template <bool KEY, bool ODD> DEVICE void put_rows(Ahead& raw, const Source& source, Work& w, const Factors& factors) {
   float r[16], low[16], rest[16];
   u32 signs[8];
+  const auto channels = [&](int group) {
+    if (KEY) {
+      const int at = 16 * group;
+      get_sixteen(factors[0] + at, r), get_sixteen(factors[1] + at, low), get_sixteen(factors[2] + at, rest);
+    }
+    const u32 positive = SIGN_BITS[group / 2] >> (group % 2 * 16);
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+      signs[j] = (positive >> (2 * j) & 1 ? 0u : 0x8000u) | (positive >> (2 * j + 1) & 1 ? 0u : 0x80000000u);
+  };
+  if (Ahead::FIXED) channels(Ahead::group(0));  // before the loop, or they take registers outside of it
 #pragma unroll 1
   for (int i = 0; i < Ahead::ROUNDS; i++) {
     const int group = Ahead::group(i), t = Ahead::row(i);
-    if (i == 0 || !Ahead::FIXED) {
-      if (KEY) {
-        const int at = 16 * group;
-        get_sixteen(factors[0] + at, r), get_sixteen(factors[1] + at, low), get_sixteen(factors[2] + at, rest);
-      }
-      const u32 positive = SIGN_BITS[group / 2] >> (group % 2 * 16);
-#pragma unroll
-      for (int j = 0; j < 8; j++)
-        signs[j] = (positive >> (2 * j) & 1 ? 0u : 0x8000u) | (positive >> (2 * j + 1) & 1 ? 0u : 0x80000000u);
-    }
+    if (!Ahead::FIXED) channels(group);
     const uint4 a = raw.x[0][0], b = raw.x[0][1];
     raw.next(source, i + 2);
     if (P * SIXTEENS % THREADS && t >= P) break;
@@ -243,7 +245,7 @@ DEVICE u8* page_at(const Call& c, const Page& p) {  // null if it is out of the 
 extern "C" __global__ void __launch_bounds__(THREADS, D > 128 ? 2 : 4) encode(const __grid_constant__ Call c) {
   extern __shared__ __align__(128) u8 memory[];
   Memory& m = *(Memory*)memory;
-  start_next(), wait_for_previous();
+  wait_for_previous(), start_next();
   if (threadIdx.x == 0 && blockIdx.y == 0) c.starts[blockIdx.z] = c.length[blockIdx.z];
   Page p;
   if (!page_of(c, blockIdx.z, blockIdx.y, 0, p)) return;
@@ -335,15 +337,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, D > 128 ? 2 : 4) rows(cons
 extern "C" __global__ void __launch_bounds__(256) store(const __grid_constant__ Call c) {
   const int b = blockIdx.y, tid = threadIdx.x;
   const int n = int(blockIdx.x) < c.front ? blockIdx.x : c.tokens - gridDim.x + blockIdx.x;
+  const int all = 2 * c.heads * (D / 8);  // keys, values
+  const auto token = [&](int i) {
+    const int h = i / (D / 8) % c.heads, at = i % (D / 8) * 8;
+    const u16* keys = c.k + b * c.k_b + h * c.k_h + n * c.k_n;
+    return *(const uint4*)((i < all / 2 ? keys : c.v + b * c.v_b + h * c.v_h + n * c.v_n) + at);
+  };
+  uint4 x = tid < all ? token(tid) : uint4{};  // before the kernel before ends, which does not write them
   wait_for_previous();
   const i64 start = c.starts[b], pos = start + n, paged = c.several ? (start + c.tokens) / P * P : start;
   const bool ring = n >= c.tokens - c.slots, sink = pos < c.sinks;
   bool odd = false;
-  for (int i = tid; i < 2 * c.heads * (D / 8); i += blockDim.x) {
-    const bool values = i >= c.heads * (D / 8);
+  for (int i = tid; i < all; i += blockDim.x) {
+    const bool values = i >= all / 2;
     const int h = i / (D / 8) % c.heads, at = i % (D / 8) * 8;
-    const u16* from = values ? c.v + b * c.v_b + h * c.v_h + n * c.v_n : c.k + b * c.k_b + h * c.k_h + n * c.k_n;
-    const uint4 x = *(const uint4*)(from + at);
+    if (i != tid) x = token(i);
     for (u32 w : {x.x, x.y, x.z, x.w}) odd |= !(fabsf(wide_low(w)) < -NEG) || !(fabsf(wide_high(w)) < -NEG);
     const i64 head = i64(b) * c.heads + h;
     if (ring) *(uint4*)((values ? c.ring_v : c.ring_k) + (head * c.slots + int(pos) % c.slots) * D + at) = x;
