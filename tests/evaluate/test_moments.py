@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from turboquant.layers.moments import FeedbackError, moments_without_data, own_words
+from turboquant.layers import moments
+from turboquant.layers.moments import FeedbackError, moments_of, moments_without_data, own_words, random_ids, tokens_for
 
 
 def test_words_go_on_where_they_stopped(tiny_llama, tmp_path):
@@ -47,6 +48,22 @@ def test_words_of_something_else_are_refused(tiny_llama, tmp_path):
     file.write_text("[]")
     with pytest.raises(FeedbackError, match="no words"):
         own_words(tiny_llama, 64, 8, file=file)
+
+
+def test_tokens_are_as_many_as_the_widest_layer_needs(tiny_llama, monkeypatch):
+    """128 inputs of o_proj."""
+    assert tokens_for(tiny_llama) == 4096
+    monkeypatch.setattr(moments, "LEAST", 0)
+    assert tokens_for(tiny_llama) == moments.PER_INPUT * 128
+    for kind in ("random", "self"):
+        said = []
+        moments_without_data(tiny_llama, kind, lambda *what, said=said: said.append(what))
+        assert said[-1][2] == moments.PER_INPUT * 128
+    with pytest.raises(
+        FeedbackError, match=rf"127 tokens do not span the 128 inputs of .*o_proj: .* give it {moments.PER_INPUT * 128}"
+    ):
+        moments_of(tiny_llama, random_ids(tiny_llama, 128, 128)[:, 1:])
+    assert len(moments_of(tiny_llama, random_ids(tiny_llama, 128, 128))) == 2 * 7
 
 
 def test_progress_of_moments(tiny_llama):

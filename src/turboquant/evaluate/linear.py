@@ -25,7 +25,7 @@ from turboquant.evaluate.errors import EvaluateError
 from turboquant.evaluate.texts import read_texts, windows
 from turboquant.layers.convert import Plan, Quantized, experts_products, quantized
 from turboquant.layers.embedding import QuantEmbedding
-from turboquant.layers.moments import Progress, moments_of
+from turboquant.layers.moments import Progress, moments_of, tokens_for
 from turboquant.recipe import Recipe, parse_recipe
 
 NF4 = (
@@ -224,11 +224,17 @@ def linear_bits(model: Any, s: Any) -> dict[str, float]:
 
 
 def collect_moments(
-    model: Any, tokenizer: Any, text: str | Path, tokens: int = 4096, ctx: int = 512, progress: Progress | None = None
-) -> dict[str, Tensor]:
+    model: Any, tokenizer: Any, text: str | Path, tokens: int | None = None, ctx: int = 512,
+    progress: Progress | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Second moments of the inputs of a model's linear layers on a text: name -> (K, K) fp32.
+
+    Args:
+        tokens: by default as many as the widest layer needs (`layers.moments.tokens_for`).
 
     Raises:
         EvaluateError: the text is too short.
+        FeedbackError: fewer tokens than a layer has inputs.
     """
-    return moments_of(model, windows(tokenizer, read_texts(text), ctx, tokens), progress)
+    ids = windows(tokenizer, read_texts(text), ctx, tokens or tokens_for(model))
+    return moments_of(model, ids, progress)

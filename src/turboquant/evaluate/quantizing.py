@@ -34,9 +34,9 @@ def quantize(
         name, dtype, device: as for `models.load`; GGUF files too.
         out: a folder that does not exist yet or is empty; written whole or not at all.
         keep: modules whose weights stay as they are. overrides: pattern -> recipe, as of TurboQuantConfig.
-        feedback: what second moments are collected on, for error feedback: a text; "self" for 4,096 tokens that the
-            model says itself ("self:FILE" keeps them, and goes on with what the file holds), "random" for as many
-            random ones: these need no data.
+        feedback: what second moments are collected on, for error feedback: a text; "self" for tokens that the model
+            says itself ("self:FILE" keeps them, and goes on with what the file holds), "random" for random ones: these
+            need no data. 4,096 tokens are taken, or two for each input of the widest layer if that is more.
 
     Returns:
         rows of `layers.convert.quantize_model`, and {"recipe", "weights", "bits_per_weight", "packed_before",

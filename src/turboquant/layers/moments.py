@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 FEEDBACK = ("self", "random")
 ROUND = 8  # rows that a model says at a time
+LEAST, PER_INPUT = 4096, 2  # tokens that moments are of: at least, and for each input of the widest layer
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -35,15 +36,31 @@ def check_feedback(feedback: str) -> tuple[str, Path | None]:
 
 
 def moments_without_data(model: Any, feedback: str, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Second moments on 4,096 tokens: "random" ones, or those that the model says ("self"), which "self:FILE" keeps as
-    they come, so that a run that was stopped goes on, and another recipe needs none.
+    """Second moments on `tokens_for` tokens: "random" ones, or those that the model says ("self"), which "self:FILE"
+    keeps as they come, so that a run that was stopped goes on, and another recipe needs none.
 
     Raises:
         FeedbackError: as `check_feedback` and `own_words`.
     """
     kind, file = check_feedback(feedback)
-    ids = random_ids(model) if kind == "random" else own_words(model, file=file, progress=progress)
+    tokens = tokens_for(model)
+    ids = random_ids(model, tokens) if kind == "random" else own_words(model, tokens, file=file, progress=progress)
     return moments_of(model, ids, progress)
+
+
+def tokens_for(model: Any) -> int:
+    """Tokens that the second moments of a model are taken of: several for each input of its widest linear layer."""
+    return max(LEAST, PER_INPUT * _widest(model)[1])
+
+
+def _widest(model: Any) -> tuple[str, int]:
+    """Name and inputs of the linear layer with the most, output embeddings left out."""
+    return max(((name, m.in_features) for name, m in _layers(model)), key=lambda x: x[1], default=("", 0))
+
+
+def _layers(model: Any) -> list[tuple[str, nn.Linear]]:
+    head = model.get_output_embeddings()
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
 def random_ids(model: Any, tokens: int = 4096, ctx: int = 256, seed: int = 0) -> Tensor:
@@ -99,9 +116,19 @@ def moments_of(model: Any, ids: Tensor, progress: Progress | None = None) -> dic
 
     Args:
         progress: called with ("second moments", tokens read, tokens of all).
+
+    Raises:
+        FeedbackError: fewer tokens than a layer has inputs: their moments say nothing of some directions of the input,
+            into which feedback pushes the errors of all others.
     """
+    name, inputs = _widest(model)
+    if ids.numel() < inputs:
+        raise FeedbackError(
+            f"{ids.numel():,} tokens do not span the {inputs:,} inputs of {name}: too few for error feedback, give it "
+            f"{tokens_for(model):,}"
+        )
     ids = ids.to(model.device)
-    head, handles = model.get_output_embeddings(), []
+    handles = []
     out: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
@@ -112,9 +139,8 @@ def moments_of(model: Any, ids: Tensor, progress: Progress | None = None) -> dic
 
         return add
 
-    for name, m in model.named_modules():
-        if isinstance(m, nn.Linear) and m is not head:
-            handles.append(m.register_forward_pre_hook(hook(name)))
+    for name, m in _layers(model):
+        handles.append(m.register_forward_pre_hook(hook(name)))
     try:
         for i in range(0, len(ids), 4):
             model.get_decoder()(input_ids=ids[i : i + 4], use_cache=False)

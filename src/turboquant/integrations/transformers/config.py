@@ -83,8 +83,9 @@ class TurboQuantConfig(QuantizationConfigMixin):
         recipe: "kv4", "w4a8kv4", "w8a8", ...; see `turboquant.parse_recipe`.
         modules_to_not_convert: names of modules whose weights stay as they are, whole or the last parts of a name.
         overrides: regular expression -> recipe for the modules whose name it finds, "none" for none; the first decides.
-        feedback: error feedback while weights are quantized: "self" along 4,096 tokens that the model says itself,
-            "self:FILE" keeps them and goes on with what the file holds, "random" along as many random ones. The whole
+        feedback: error feedback while weights are quantized: "self" along tokens that the model says itself, 4,096 or
+            two for each input of its widest layer if that is more, "self:FILE" keeps them and goes on with what the
+            file holds, "random" along as many random ones. The whole
             unquantized model is loaded for it, and K² fp32 numbers for each linear layer of K inputs stand beside it at
             once (39 GB for Llama-3-8B, 26 of them for down_proj). Stacks of experts and output embeddings get none, and
             a warning says so. Not saved with the model.
