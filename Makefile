@@ -75,10 +75,13 @@ check: $(VENV)/.stamp-test
 test-oldest: $(OLDEST)/.stamp-test
 	$(OLDEST)/bin/python -m pytest -q --durations=5 tests/transformers $(PYTEST_ARGS)
 
+# Two files side by side: engines wait for processes to start for half of their time.
+BESIDE         = $(if $(PYTEST_ARGS),,-n 2 --dist loadfile)
+
 ifneq ($(HAS_VLLM),)
 test-vllm: $(VLLM)/.stamp-test $(if $(HAS_TRITON),$(VLLM)/triton/.stamp)
-	$(VLLM)/bin/python -m pytest -q --durations=10 tests/vllm $(PYTEST_ARGS)
-	$(if $(PYTEST_ARGS),,$(if $(HAS_TRITON),PYTHONPATH=$(VLLM)/triton TRITON_INTERPRET=1 $(VLLM)/bin/python -m pytest -q --durations=5 tests/vllm/test_device.py))
+	$(VLLM)/bin/python -m pytest -q $(BESIDE) --durations=10 tests/vllm $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(if $(HAS_TRITON),PYTHONPATH=$(VLLM)/triton TRITON_INTERPRET=1 $(VLLM)/bin/python -m pytest -q -n 2 --durations=5 tests/vllm/test_device.py))
 else
 test-vllm:
 	@echo "[test-vllm] vLLM for CPUs needs Python 3.11 on x86-64 Linux (VLLM_PYTHON=...): its tests did not run"
