@@ -5,6 +5,7 @@ Engines run one after the other in a process beside pytest's (engine_process.py)
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -139,7 +140,11 @@ AutoTokenizer.from_pretrained({str(smollm2_gguf.parent)!r}, **file).save_pretrai
 """
         status, _, err = _run([sys.executable, "-c", code], os.environ | ENV)
         assert status == 0, err
-        os.replace(part, folder)
+        try:
+            os.replace(part, folder)
+        except OSError:  # the other process was faster
+            assert folder.exists()
+            shutil.rmtree(part)
     return folder
 
 
