@@ -66,6 +66,17 @@ def test_tokens_are_as_many_as_the_widest_layer_needs(tiny_llama, monkeypatch):
     assert len(moments_of(tiny_llama, random_ids(tiny_llama, 128, 128))) == 2 * 7
 
 
+def test_a_layer_that_reads_fewer_tokens_than_inputs_has_no_moments(tiny_llama):
+    """As an expert does by itself."""
+    few = tiny_llama.model.layers[0].mlp.down_proj
+    handle = few.register_forward_pre_hook(lambda _, args: (args[0][:, :1],))
+    try:
+        found = moments_of(tiny_llama, random_ids(tiny_llama, 256, 64))
+    finally:
+        handle.remove()
+    assert len(found) == 2 * 7 - 1 and not any("layers.0.mlp.down" in name for name in found)
+
+
 def test_progress_of_moments(tiny_llama):
     said = []
     moments_without_data(tiny_llama, "random", lambda *what: said.append(what))

@@ -1,7 +1,9 @@
 """Linear recipes through `from_pretrained`: loading, saving, every kind of layer, and what is refused."""
 
+import gc
 import json
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -232,6 +234,17 @@ def test_packed_embeddings_keep_their_size(recipe, saved, tmp_path, ids):
         assert m.resize_token_embeddings(have) is m.get_input_embeddings() and torch.equal(logits(m, ids), before)
     q.dequantize()
     assert q.resize_token_embeddings(have + 1).weight.shape[0] == have + 1
+
+
+def test_a_model_with_packed_embeddings_goes_when_it_is_let_go(saved):
+    model = load(saved("llama-gqa", tie_word_embeddings=False)[1], "w8:head=8,embed=8")
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_models_that_have_no_input_embeddings():

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from turboquant.evaluate.errors import EvaluateError
-from turboquant.evaluate.texts import read_texts, windows
+from turboquant.evaluate.texts import encode, read_texts, windows
 from turboquant.layers.convert import Plan, Quantized, experts_products, quantized
 from turboquant.layers.embedding import QuantEmbedding
 from turboquant.layers.moments import Progress, moments_of, tokens_for
@@ -230,11 +230,18 @@ def collect_moments(
     """Second moments of the inputs of a model's linear layers on a text: name -> (K, K) fp32.
 
     Args:
-        tokens: by default as many as the widest layer needs (`layers.moments.tokens_for`).
+        tokens: by default as many as the widest layer needs (`layers.moments.tokens_for`), or as the text holds.
 
     Raises:
         EvaluateError: the text is too short.
         FeedbackError: fewer tokens than a layer has inputs.
     """
-    ids = windows(tokenizer, read_texts(text), ctx, tokens or tokens_for(model))
+    texts, wanted = read_texts(text), tokens_for(model) if tokens is None else tokens
+    try:
+        ids = windows(tokenizer, texts, ctx, wanted)
+    except EvaluateError:
+        held = min(len(encode(tokenizer, content)) for _, content in texts) // ctx * ctx
+        if tokens is not None or held == 0:
+            raise
+        ids = windows(tokenizer, texts, ctx, held)
     return moments_of(model, ids, progress)

@@ -54,13 +54,13 @@ def tokens_for(model: Any) -> int:
 
 
 def _widest(model: Any) -> tuple[str, int]:
-    """Name and inputs of the linear layer with the most, output embeddings left out."""
+    """Name and inputs of the decoder's linear layer with the most."""
     return max(((name, m.in_features) for name, m in _layers(model)), key=lambda x: x[1], default=("", 0))
 
 
 def _layers(model: Any) -> list[tuple[str, nn.Linear]]:
-    head = model.get_output_embeddings()
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    read = {id(m) for m in model.get_decoder().modules()} - {id(model.get_output_embeddings())}
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in read]
 
 
 def random_ids(model: Any, tokens: int = 4096, ctx: int = 256, seed: int = 0) -> Tensor:
@@ -112,7 +112,8 @@ def own_words(
 @torch.no_grad()
 def moments_of(model: Any, ids: Tensor, progress: Progress | None = None) -> dict[str, Tensor]:
     """Second moments of the inputs of a model's linear layers on token ids (rows, ctx): name -> (K, K) fp32, all at
-    once on the model's device. None of stacks of experts and of the output embeddings.
+    once on the model's device. None of stacks of experts, of the output embeddings, and of layers that read fewer
+    tokens than they have inputs (an expert by itself).
 
     Args:
         progress: called with ("second moments", tokens read, tokens of all).
@@ -130,12 +131,14 @@ def moments_of(model: Any, ids: Tensor, progress: Progress | None = None) -> dic
     ids = ids.to(model.device)
     handles = []
     out: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
 
     def hook(name: str) -> Any:
         def add(module: nn.Module, args: tuple) -> None:
             x = args[0].detach().float().flatten(0, -2)
             new = x.T @ x / ids.numel()
             out[name] = out[name] + new if name in out else new
+            rows[name] = rows.get(name, 0) + len(x)
 
         return add
 
@@ -149,7 +152,7 @@ def moments_of(model: Any, ids: Tensor, progress: Progress | None = None) -> dic
     finally:
         for handle in handles:
             handle.remove()
-    return out
+    return {name: m for name, m in out.items() if rows[name] >= len(m)}
 
 
 def _vocabulary(model: Any) -> int:

@@ -241,16 +241,16 @@ def _keep_size(model: Any) -> None:
         if isinstance(m, QuantEmbedding) or (m is head and isinstance(m, QuantLinear) and m.recipe.weights)
     ]  # fmt: skip
     if ends:
-        model.resize_token_embeddings = partial(_refuse_size, model, ends[0])
+        have = model.config.get_text_config(decoder=True).vocab_size  # not the model, which would then hold itself
+        model.resize_token_embeddings = partial(_refuse_size, model.get_input_embeddings(), ends[0], have)
 
 
 def _refuse_size(
-    model: Any, name: str, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any,
-    **kwargs: Any,
+    inputs: torch.nn.Module, name: str, have: int, new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    have = model.config.get_text_config(decoder=True).vocab_size
     if new_num_tokens in (None, have) and have % (pad_to_multiple_of or 1) == 0:
-        return model.get_input_embeddings()
+        return inputs
     raise RecipeError(
         f"resize_token_embeddings: {name} is packed and keeps its {have} tokens; resize the model first and then "
         "quantize it, or load it without head=8 and embed=8"

@@ -139,6 +139,8 @@ def cache_attention(
             f"queries in {q.dtype}, keys in {k.dtype}, ring in {buf.ring_k.dtype}: all must be one of {DTYPES}"
         )
     kv, rows = layout.kv, hq // h * n
+    if n > MAX_TOKENS:
+        raise ValueError(f"{n} tokens a sequence are more than {MAX_TOKENS}")
     if rows > MAX_ROWS:
         raise ValueError(f"{hq // h} query heads of a group times {n} tokens is more than {MAX_ROWS} rows")
     kernel = _kernel(layout, q.dtype, hq // h, rows, n > 1, softcap is not None, q.device)
