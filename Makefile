@@ -44,7 +44,7 @@ help:
 	@echo "make check        lint, format, types, import contract, tests/test_tiny.py (under a minute)"
 	@echo "make test-triton  the Triton kernels in Triton's interpreter, and compiled for GPUs (part of make test, three minutes)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
-	@echo "make test-vllm    tests/vllm inside vLLM for CPUs, in its own .venv-vllm (eight minutes; Python 3.11)"
+	@echo "make test-vllm    tests/vllm inside vLLM for CPUs, in its own .venv-vllm (Python 3.11)"
 	@echo "make sanitize     the native CPU module under the address and undefined-behaviour sanitizers"
 	@echo "make package      the sdist installs with a compiler and without one; the wheel is manylinux"
 	@echo "make clean        remove the environments, caches and the demo's report"

@@ -27,7 +27,7 @@ from turboquant.evaluate.quantizing import by_kind, quantize
 from turboquant.evaluate.speed import bench
 from turboquant.layers.convert import Quantized
 from turboquant.layers.linear import QuantLinear
-from turboquant.layers.moments import moments_of, moments_without_data, own_words
+from turboquant.layers.moments import FeedbackError, moments_of, moments_without_data, own_words
 from turboquant.recipe import RecipeError, parse_recipe
 
 NAMES = ["a8", "a4", "w8", "w4", "w8a8", "w8a8kv4", "w4a4kv4", "w8a8:head=8", *LINEAR_BASELINES]
@@ -106,6 +106,18 @@ def test_error_feedback_is_marked_in_the_rows(tiny_llama, tiny_tokenizer, prose)
     assert x.diagonal().mean() == pytest.approx(1, abs=0.05), "behind a norm"
     (row,) = fidelity(tiny_llama, tiny_tokenizer, ["w4"], prose, 256, 512, moments=moments)
     assert row["recipe"] == "w4+feedback" and row["kl"] > 0
+
+
+def test_a_text_gives_the_tokens_that_it_holds(tiny_llama, tiny_tokenizer, prose):
+    """Fewer than a layer has inputs, or than were asked for, are refused."""
+    said: list = []
+    keep = lambda *what: said.append(what)  # noqa: E731
+    found = collect_moments(tiny_llama, tiny_tokenizer, prose[:4000], ctx=64, progress=keep)
+    assert len(found) == 2 * 7 and 128 < said[-1][2] < 4096
+    with pytest.raises(FeedbackError, match=r"64 tokens do not span the 128 inputs of .*o_proj"):
+        collect_moments(tiny_llama, tiny_tokenizer, prose[:120], ctx=64)
+    with pytest.raises(EvaluateError, match="tokens=4096 needs"):
+        collect_moments(tiny_llama, tiny_tokenizer, prose[:4000], 4096, 64)
 
 
 def test_what_is_stored_quantized_is_not_quantized_again(tiny_folder, tiny_tokenizer, tmp_path, prose):

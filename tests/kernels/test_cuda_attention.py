@@ -263,6 +263,13 @@ def poison(case: Case, tokens, device) -> None:
     assert torch.allclose(got[~hit].float(), clean[~hit].float(), rtol=2 * eps, atol=eps * rms(clean))
 
 
+def test_more_tokens_than_work_is_cut_for_are_refused(tokens):
+    """Checked before anything needs a GPU."""
+    cache, (q, k, v) = filled(Case(n=9, hq=2), tokens, "cpu")
+    with pytest.raises(ValueError, match="9 tokens a sequence are more than 8"):
+        cuda.cache_attention(cache.buf, cache.layout, q, k, v)
+
+
 @pytest.mark.cuda
 def test_it_runs_in_a_cuda_graph(tokens):
     case = Case(n=1, lengths=(500, 90))

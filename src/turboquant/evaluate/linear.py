@@ -239,7 +239,7 @@ def collect_moments(
     texts, wanted = read_texts(text), tokens_for(model) if tokens is None else tokens
     try:
         ids = windows(tokenizer, texts, ctx, wanted)
-    except EvaluateError:
+    except EvaluateError:  # too short for as many: what there is, of which moments_of says if it is too little
         held = min(len(encode(tokenizer, content)) for _, content in texts) // ctx * ctx
         if tokens is not None or held == 0:
             raise

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata, MultipleOf
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
 PREFIX = "draft_model."  # vLLM's, of the names of its layers
 
@@ -114,7 +114,7 @@ class DraftBackend:
         spec = super().customize_spec(spec)  # type: ignore[misc]
         sizes = cls.get_supported_kernel_block_sizes(spec)  # type: ignore[attr-defined]
         made = replace(spec, block_size=min(getattr(s, "base", s) for s in sizes))
-        while any(isinstance(s, MultipleOf) for s in sizes) and 2 * made.block_size <= cls.step.page:
+        while any(hasattr(s, "base") for s in sizes) and 2 * made.block_size <= cls.step.page:
             twice = replace(made, block_size=2 * made.block_size)
             if twice.page_size_bytes > cls.step.unit:
                 break
