@@ -40,7 +40,7 @@ HAS_TRITON    := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 
 help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
-	@echo "make test         every check and test (CPU, about ten minutes)"
+	@echo "make test         every check and test (CPU, some twenty minutes on two cores)"
 	@echo "make check        lint, format, types, import contract, tests/test_tiny.py (under a minute)"
 	@echo "make test-triton  the Triton kernels in Triton's interpreter, and compiled for GPUs (part of make test, three minutes)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
