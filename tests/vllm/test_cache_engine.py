@@ -227,7 +227,6 @@ def test_what_cannot_be_served_is_refused_at_start(name, words, ran):
     assert ran[name]["error"] is not None and words in ran[name]["error"]
 
 
-@pytest.mark.timeout(600)  # another file's engines run beside it
 def test_two_ranks(llama, ran, engines):
     """Alone, and with drafts of the model itself."""
     both = {"model": llama, "recipe": "raw", "settings": {"tensor_parallel_size": 2}}
