@@ -36,7 +36,7 @@ HAS_VLLM       = $(filter 3.11-Linux-x86_64,$(shell $(VLLM_PYTHON) -c 'import sy
 
 HAS_TRITON    := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 
-.PHONY: help demo test check test-triton test-oldest test-vllm sanitize package clean
+.PHONY: help demo test check test-triton test-oldest test-vllm vllm-engines vllm-device sanitize package clean
 
 help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
@@ -75,13 +75,16 @@ check: $(VENV)/.stamp-test
 test-oldest: $(OLDEST)/.stamp-test
 	$(OLDEST)/bin/python -m pytest -q --durations=5 tests/transformers $(PYTEST_ARGS)
 
-# Two files side by side: engines wait for processes to start for half of their time.
-BESIDE         = $(if $(PYTEST_ARGS),,-n 2 --dist loadfile)
-
+# Side by side: engines wait for processes to start for half of their time.
 ifneq ($(HAS_VLLM),)
 test-vllm: $(VLLM)/.stamp-test $(if $(HAS_TRITON),$(VLLM)/triton/.stamp)
-	$(VLLM)/bin/python -m pytest -q $(BESIDE) --durations=10 tests/vllm $(PYTEST_ARGS)
-	$(if $(PYTEST_ARGS),,$(if $(HAS_TRITON),PYTHONPATH=$(VLLM)/triton TRITON_INTERPRET=1 $(VLLM)/bin/python -m pytest -q -n 2 --durations=5 tests/vllm/test_device.py))
+	$(if $(PYTEST_ARGS),$(VLLM)/bin/python -m pytest -q tests/vllm $(PYTEST_ARGS),$(MAKE) -j2 --output-sync=target vllm-engines $(if $(HAS_TRITON),vllm-device))
+
+vllm-engines:
+	$(VLLM)/bin/python -m pytest -q -n 2 --dist loadfile --durations=10 tests/vllm
+
+vllm-device:
+	PYTHONPATH=$(VLLM)/triton TRITON_INTERPRET=1 $(VLLM)/bin/python -m pytest -q --durations=5 tests/vllm/test_device.py
 else
 test-vllm:
 	@echo "[test-vllm] vLLM for CPUs needs Python 3.11 on x86-64 Linux (VLLM_PYTHON=...): its tests did not run"
