@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from turboquant.kernels import ops
 from turboquant.kernels.cuda import nvrtc
 from turboquant.layers.cache import LayerCache
 from turboquant.maths.codec import encode_keys, encode_plain, encode_values
@@ -22,7 +23,7 @@ from turboquant.maths.exact import chain_sum, root
 from turboquant.maths.tracker import ChannelTracker, page_stats
 from turboquant.packed.buffers import READER_STRIDE
 from turboquant.packed.page import PageLayout, pack_page
-from turboquant.recipe import KVRecipe
+from turboquant.recipe import KVRecipe, parse_recipe
 
 
 @pytest.fixture(scope="session")
@@ -273,5 +274,32 @@ def close():
         mine, theirs = rms(got.double() - answer.out), rms(answer.coarse.double() - answer.out)
         floor = torch.finfo(got.dtype).eps * rms(answer.out) / 4  # of one rounding, should torch have been lucky
         assert mine <= 2 * max(theirs, floor), (mine, theirs)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def following():
+    """(backend, tokens): of five states of the tracker each is what steps of a token with two leave behind its page."""
+
+    def check(backend, tokens, exact=True):
+        recipe = parse_recipe("kv4:page=16,ring=24,sinks=3,rewind=8").kv
+        qkv = [torch.stack(t) for t in zip(tokens(4, 2, 200, 16), tokens(4, 2, 200, 16, seed=1), strict=True)]
+        one, five = LayerCache(recipe), LayerCache(recipe)
+        for cache in (one, five):
+            cache._start(qkv[1])
+        five.buf.tracker = torch.full((2, 5, 2, 3, 16), torch.nan)
+        after = {}
+        for t in range(200):
+            one.step(*(x[:, :, t : t + 1] for x in qkv))
+            after[t // 16] = one.buf.tracker[:, t // 16 % 2].clone()  # of a complete page, at its last token
+        at = 0
+        for n in (20, 12, 1, 70, 9, 80, 8):
+            with ops.use_backend(backend):
+                five.step(*(x[:, :, at : at + n] for x in qkv))
+            at += n
+            for page in range(max(0, at // 16 - 5), at // 16):
+                got, want = five.buf.tracker[:, page % 5], after[page]
+                torch.testing.assert_close(got, want, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
 
     return check

@@ -279,3 +279,9 @@ def test_pages_that_nobody_reads_may_hold_anything(backend, tokens):
         )
         assert buf.table[1, 4] == len(buf.pages) - 1, "row 0 reads its page there"
         assert torch.equal(ops.cache_attention(buf, cache.layout, q, k, v, scaling=0.2), want)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_as_many_states_of_the_tracker_are_kept_as_there_are_slots(backend, tokens, following):
+    """By chunks of one page and of several, fewer and more than there are slots."""
+    following(backend, tokens)

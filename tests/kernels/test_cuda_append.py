@@ -32,6 +32,7 @@ class Case:
     chunks: tuple[int, ...] = (70, 1, 57, 1, 1, 9, 200)
     dtype: torch.dtype = BF16
     batch: int = 2
+    states: int = 2  # of the tracker
 
 
 CASES = [
@@ -45,13 +46,15 @@ CASES = [
     Case(chunks=(1,) * 66 + (64, 64, 65, 63)),
     Case(chunks=(1000, 1, 130), hq=14, d=64),
     Case(chunks=(130, 70), batch=1),
+    Case(chunks=(70, 1, 57, 1000), states=6),
 ]
 
 
 def start(case: Case, device: str) -> LayerCache:
     cache = LayerCache(parse_recipe(case.recipe).kv)
     cache._start(torch.empty(case.batch, case.h, 1, case.d, dtype=case.dtype, device=device))
-    cache.buf.tracker.zero_(), cache.buf.readers.zero_()
+    cache.buf.tracker = torch.zeros(case.batch, case.states, case.h, 3, case.d, device=device)
+    cache.buf.readers.zero_()
     return cache
 
 
@@ -127,6 +130,7 @@ EMULATED = [
     Case(d=256, h=1, hq=2, chunks=(66,)),
     Case(recipe="kv4:ring=0,sinks=0,rewind=0", d=64, chunks=(70, 59, 1, 200)),
     Case(chunks=(130,), batch=1),
+    Case(d=64, chunks=(70, 58, 1, 300), states=4),
 ]
 
 

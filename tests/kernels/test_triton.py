@@ -233,6 +233,10 @@ def test_a_page_without_a_place_is_not_stored_but_counted(history):
     assert got.length.tolist() == want.length.tolist() == [130, 130]
 
 
+def test_as_many_states_of_the_tracker_are_kept_as_there_are_slots(tokens, following):
+    following("triton", tokens, exact=False)
+
+
 def test_buffers_and_chunks_that_do_not_match_are_refused(history):
     cache, q, k, v = history
     with ops.use_backend("triton"):

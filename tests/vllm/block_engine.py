@@ -11,6 +11,7 @@ from turboquant.integrations.vllm.plan import NULL, plan
 from turboquant.integrations.vllm.tail import Tail
 from turboquant.kernels import ops
 from turboquant.layers.cache import LayerCache
+from turboquant.maths.tracker import ChannelTracker, page_stats
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import parse_recipe
 
@@ -74,6 +75,31 @@ def stream(n, seed, dtype=torch.float32):
     scale = torch.rand(D, generator=g) * 3 + 0.1
     q, k, v = (torch.randn(n, h, D, generator=g) * s for h, s in ((H * G, 1.0), (H, scale), (H, 1.0)))
     return q.to(dtype), (k + scale).to(dtype), v.to(dtype)
+
+
+def drifting(seed, at, n=640, dtype=torch.float32):
+    """A stream whose keys swap their channels' variances at a token."""
+    q, k, v = stream(n, seed, dtype)
+    k[at:] = k[at:].flip(-1)
+    return q, k, v
+
+
+def drifted(recipe, q, k):
+    """Pages of a KV head whose logits err twice as much with the scales before them as with their own, from scratch."""
+    kv, size = recipe, recipe.page
+    alarms = 0
+    for h in range(H):
+        tracker = ChannelTracker(kv.decay)
+        for first in range(0, len(k) // size * size, size):
+            rows = k[first : first + size, h].float()
+            readers = q[first + 7 : first + size : 8, h * G : (h + 1) * G].float()
+            usable = torch.arange(first, first + size) >= kv.sinks
+            page = page_stats(rows, readers.square().mean((0, 1)), usable)
+            if tracker.state is not None:
+                hot = kv.hot_channels(D)
+                alarms += int(page.logit_error(tracker.state, hot) >= 2 * page.logit_error(page, hot))
+            tracker.update(page)
+    return alarms
 
 
 def expected(recipe, streams, window=None, softcap=None, sinks=None, backend="auto"):

@@ -5,13 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from block_engine import D, Engine, G, H, expected, in_any_order, near, stream
+from block_engine import Engine, H, drifted, drifting, expected, in_any_order, near, stream
 
 from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.plan import NULL, order, pieces
 from turboquant.integrations.vllm.spec import TailSpec
 from turboquant.integrations.vllm.tail import expand, pool
-from turboquant.maths.tracker import ChannelTracker, page_stats
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import parse_recipe
 
@@ -108,31 +107,6 @@ def test_nonfinite_tokens_are_counted_once():
     engine.step([("a", 0, q[:100], k[:100], v[:100])])
     engine.step([("a", 100, q[100:], k[100:], v[100:])])
     assert int(engine.impl.nonfinite) == 1
-
-
-def drifting(seed, at, n=640):
-    """A stream whose keys swap their channels' variances at a token."""
-    q, k, v = stream(n, seed)
-    k[at:] = k[at:].flip(-1)
-    return q, k, v
-
-
-def drifted(recipe, q, k):
-    """Pages of a KV head whose logits err twice as much with the scales before them as with their own, from scratch."""
-    kv, size = recipe, recipe.page
-    alarms = 0
-    for h in range(H):
-        tracker = ChannelTracker(kv.decay)
-        for first in range(0, len(k) // size * size, size):
-            rows = k[first : first + size, h]
-            readers = q[first + 7 : first + size : 8, h * G : (h + 1) * G]
-            usable = torch.arange(first, first + size) >= kv.sinks
-            page = page_stats(rows, readers.square().mean((0, 1)), usable)
-            if tracker.state is not None:
-                hot = kv.hot_channels(D)
-                alarms += int(page.logit_error(tracker.state, hot) >= 2 * page.logit_error(page, hot))
-            tracker.update(page)
-    return alarms
 
 
 @pytest.mark.parametrize("cuts", [(640,), (30, 70, 200, 513, 640), tuple(range(1, 641, 3))])

@@ -5,6 +5,7 @@ flash attention is written out in torch, and on a GPU with vLLM's.
 import os
 import random
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     # vLLM for CPUs comes without Triton; `make test-vllm` runs this file by itself, with one for its interpreter
     pytest.skip("needs a GPU or TRITON_INTERPRET=1: `make test-vllm` runs it so by itself", allow_module_level=True)
 
-from block_engine import SCALE, D, Engine, G, H, expected, in_any_order, near, stream
+from block_engine import SCALE, D, Engine, G, H, drifted, drifting, expected, in_any_order, near, stream
 
 from turboquant.integrations.vllm import attention, device, pages, prompt
 from turboquant.integrations.vllm.plan import NULL
@@ -108,7 +109,7 @@ class DeviceEngine(Engine):
         )
         self.steps = device.Steps(self.layout, self.spec.interval, 8, torch.device(DEVICE))
         self.page_table = torch.zeros(0, 0, dtype=torch.int32, device=DEVICE)
-        self.impl.nonfinite = self.impl.nonfinite.to(DEVICE)
+        self.impl.nonfinite, self.impl.alarms = (x.to(DEVICE) for x in (self.impl.nonfinite, self.impl.alarms))
 
     def step(self, work, padding=0):
         for name, start, q, _, _ in work:
@@ -262,15 +263,23 @@ def test_nonfinite_tokens_are_counted_once():
     assert int(engine.impl.nonfinite) == 2
 
 
-def test_what_steps_on_the_device_do_not_count_is_not_reported(monkeypatch):
-    """Drift alarms of the cache: a row of zeros would be a lie."""
-    here, plain = DeviceEngine("kv4"), Engine("kv4", BF16)
-    unbound = Engine("kv4", BF16)
-    unbound.tail.kv_cache = torch.empty(0)  # as while a model is loaded
-    monkeypatch.setattr(attention, "_installed", [e.impl for e in (here, plain, unbound)])
-    here.impl.prefix, plain.impl.prefix, unbound.impl.prefix = "here", "plain", "unbound"
-    rows = attention.rows()
-    assert [labels for name, labels, _ in rows if name == "drift_alarms"] == [{"of": "cache", "layer": "plain"}]
+@pytest.mark.parametrize("cuts,interval", [((600, 601), 512), ((30, 64, 200, 513), 128), ((600,), 0)])
+def test_drift_alarms(cuts, interval, monkeypatch):
+    """As many as in steps that go page by page (test_cache_blocks.py), in prompts and in decoded tokens; in long chunks
+    too, where a chunk completes more pages than there are states of the tracker elsewhere."""
+    streams = {"a": stream(640, 21, BF16), "b": drifting(21, 320, dtype=BF16), "c": drifting(22, 320, dtype=BF16)}
+    want = [sum(drifted(parse_recipe("kv4").kv, *streams[name][:2]) for name in names) for names in ("a", "bc")]
+    assert want[0] == 0 and want[1] >= 4 * H
+    for names, alarms in zip(("a", "bc"), want, strict=True):
+        engine = DeviceEngine("kv4")
+        engine.steps.interval = interval
+        ends = sorted({*cuts, *range(635, 641)})
+        for start, end in pairwise([0, *ends]):
+            engine.step([(name, start, *(x[start:end] for x in streams[name])) for name in names])
+        assert int(engine.impl.alarms) == alarms
+    monkeypatch.setattr(attention, "_installed", [engine.impl])
+    found = [(labels, n) for name, labels, n in attention.rows() if name == "drift_alarms"]
+    assert found == [({"of": "cache", "layer": "x"}, want[1])]
 
 
 def test_the_kernels_that_are_reported_are_those_that_run(monkeypatch):

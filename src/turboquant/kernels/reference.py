@@ -26,7 +26,7 @@ from turboquant.maths.codec import (
 )
 from turboquant.maths.exact import chain_sum, root
 from turboquant.maths.tracker import ChannelStats, ChannelTracker, page_stats
-from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers
+from turboquant.packed.buffers import READER_STRIDE, CacheBuffers
 from turboquant.packed.page import PageLayout, pack_page, unpack_keys, unpack_values
 
 PAGES_AT_ONCE = 256  # pages of a sequence encoded together: bounds the workspace of append
@@ -126,7 +126,7 @@ def _append_rows(
 ) -> None:
     """`cache_append` for rows (b,) of equal length `start` and chunks without padding."""
     kv, n = layout.kv, k.shape[2]
-    slots, sinks, size = buf.ring_k.shape[2], buf.sink_k.shape[2], kv.page
+    slots, sinks, size, kept = buf.ring_k.shape[2], buf.sink_k.shape[2], kv.page, buf.tracker.shape[1]
     end, first = start + n, start // size
     k, v = k.to(buf.ring_k.dtype), v.to(buf.ring_v.dtype)
     bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1)).all(1)  # (b, n): a token counts once, not once per head
@@ -152,12 +152,12 @@ def _append_rows(
             kf, vf = page_k[:, :, some].float(), page_v[:, :, some].float()
             usable = _usable(kf, vf) & (position[some] >= sinks)
             power = chain_sum(reader[:, :, some].float().square(), 3) / reader.shape[3]
-            before = ChannelStats.unstack(buf.tracker[rows, (first + i - 1) % STATES]) if first + i else None
+            before = ChannelStats.unstack(buf.tracker[rows, (first + i - 1) % kept]) if first + i else None
             data, states = encode_pages(layout, kf, vf, power, usable, before)
             ids = buf.table[rows][:, page].long()
             buf.pages[ids[ids >= 0]] = data.transpose(1, 2)[ids >= 0]  # -1: out of the window already, not kept
-            for last in range(max(0, len(page) - STATES), len(page)):
-                buf.tracker[rows, (first + i + last) % STATES] = states.stack()[:, :, last]
+            for last in range(max(0, len(page) - kept), len(page)):
+                buf.tracker[rows, (first + i + last) % kept] = states.stack()[:, :, last]
 
     keep = torch.arange(max(start, end - slots), end, device=k.device)
     buf.ring_k[rows.unsqueeze(1), :, keep % slots] = k[:, :, keep - start].transpose(1, 2)

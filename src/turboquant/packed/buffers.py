@@ -14,7 +14,7 @@ from turboquant.packed.page import PageLayout
 from turboquant.recipe import KVRecipe
 
 READER_STRIDE = 8  # every 8th token's queries are sampled for the reader power
-STATES = 2  # tracker states kept: after the last page and after the one before (for crop)
+STATES = 2  # tracker states kept at least: after the last page and after the one before (for crop)
 
 
 def reader_slots(kv: KVRecipe) -> int:
@@ -34,7 +34,7 @@ class CacheBuffers:
         ring_k, ring_v: (B, H, C, d) in the model's dtype.
         sink_k, sink_v: (B, H, S, d) in the model's dtype.
         readers: (B, H, J, d) in the model's dtype.
-        tracker: (B, STATES, H, 3, d) fp32; the state after page p in slot p mod STATES.
+        tracker: (B, T, H, 3, d) fp32, T ≥ STATES; the state after page p in slot p mod T.
         length: (B,) int64 tokens of each sequence.
         nonfinite: (B,) int64 tokens that arrived with a NaN or an infinity.
     """
@@ -52,9 +52,15 @@ class CacheBuffers:
 
     @staticmethod
     def specs(
-        layout: PageLayout, batch: int, kv_heads: int, dtype: torch.dtype, pages: int = 0, columns: int = 0
+        layout: PageLayout,
+        batch: int,
+        kv_heads: int,
+        dtype: torch.dtype,
+        pages: int = 0,
+        columns: int = 0,
+        states: int = STATES,
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor, for a pool of `pages` and a table of `columns`."""
+        """Shape and dtype of every tensor, for a pool of `pages`, a table of `columns` and `states` of the tracker."""
         kv, b, h, d = layout.kv, batch, kv_heads, layout.head_dim
         return {
             "pages": ((pages, h, layout.page_bytes), torch.uint8),
@@ -64,7 +70,7 @@ class CacheBuffers:
             "sink_k": ((b, h, kv.sinks, d), dtype),
             "sink_v": ((b, h, kv.sinks, d), dtype),
             "readers": ((b, h, reader_slots(kv), d), dtype),
-            "tracker": ((b, STATES, h, 3, d), torch.float32),
+            "tracker": ((b, states, h, 3, d), torch.float32),
             "length": ((b,), torch.int64),
             "nonfinite": ((b,), torch.int64),
         }

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import vllm
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention, MLAAttention
@@ -117,17 +118,14 @@ def rows() -> list[metrics.Row]:
     impls = [i for i in _installed if i.tail.kv_cache.numel()]  # vLLM has given them their blocks
     if not impls:
         return []
+    nonfinite, alarms = torch.stack([torch.stack((i.nonfinite, i.alarms)) for i in impls]).T.tolist()  # read at once
     pages = [PageLayout(i.layout.kv, i.layout.head_dim) for i in impls]
     out: list[metrics.Row] = [
         ("cache_bits", {"part": "keys"}, sum(p.key_bits for p in pages) / len(pages)),
         ("cache_bits", {"part": "values"}, sum(p.value_bits for p in pages) / len(pages)),
         ("cache_bytes_per_token", {}, sum(i.num_kv_heads * i.layout.row / i.layout.kv.page for i in impls)),
-        ("nonfinite_tokens", {}, max(int(i.nonfinite) for i in impls)),
-        *(
-            ("drift_alarms", {"of": "cache", "layer": i.prefix}, int(i.alarms))
-            for i in impls
-            if i.tail.carrier is None  # steps on the device count none: no row, not a 0
-        ),
+        ("nonfinite_tokens", {}, max(nonfinite)),
+        *(("drift_alarms", {"of": "cache", "layer": i.prefix}, n) for i, n in zip(impls, alarms, strict=True)),
     ]
     for op in ops.OPS:
         kernels = {k for i in impls for k in _kernels(op, i)}

@@ -196,10 +196,10 @@ def run(impl: Any, step: Step, pages: Tensor, page_table: Tensor, q: Tensor, k: 
             attend(impl, w, pages, page_ids, table, start, q[w.tokens], k[w.tokens], v[w.tokens], out[w.tokens])
             continue
         args = (heads_of(q, w), heads_of(k, w), heads_of(v, w), None)
-        buf = carrier.gather(pages, page_ids, table, start)
+        buf = carrier.gather(pages, page_ids, table, start, w.n)
         y = ops.cache_attention(buf, page, *args, None, impl.scale, impl.window, impl.softcap, impl.sinks)
         ops.cache_append(buf, page, *args)
-        carrier.keep(buf, table, start, w.n, impl.nonfinite)
+        carrier.keep(buf, table, start, w.n, impl.nonfinite, impl.alarms)
         out[w.tokens] = y.transpose(1, 2).flatten(0, 1)
 
 

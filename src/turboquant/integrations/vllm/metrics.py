@@ -30,7 +30,7 @@ HELP = {  # name -> (kind, help)
     "cache_bits": ("gauge", "Bits stored for each number of the cache, everything in a page included."),
     "cache_bytes_per_token": ("gauge", "Bytes of the cache for each token, over all layers of this rank."),
     "nonfinite_tokens": ("counter", "Tokens whose keys or values were not finite when they came."),
-    "drift_alarms": ("counter", "Of the cache, on CPUs only: pages that drifted. Of inputs: new hot channels."),
+    "drift_alarms": ("counter", "Of the cache: pages of KV heads that drifted. Of inputs: new hot channels."),
     "kernel_info": ("gauge", "Which kernel runs an op: 1 for each layer's."),
 }
 _sources: list[Callable[[], list[Row]]] = []

@@ -39,8 +39,7 @@ class TurboQuantImpl(AttentionImpl):
     Attributes:
         nonfinite: () int64, tokens that arrived with a NaN or an infinity.
         alarms: () int64, pages of a KV head that drifted: coded with the statistics before them, their logits would
-            err DRIFT times as much as with their own (`ChannelTracker.misfit`). Counted in the calls of `plan`, not in
-            steps on the device (`Tail.carrier`): always on CPUs, mostly not on GPUs.
+            err DRIFT times as much as with their own (`ChannelTracker.misfit`).
     """
 
     def __init__(self, layer: Any, was: Any, prefix: str, layout: BlockLayout, tail: Tail) -> None:
@@ -75,7 +74,7 @@ class TurboQuantImpl(AttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("turboquant attention gives no quantized outputs")
         if self.nonfinite.device != query.device:
-            self.nonfinite = self.nonfinite.to(query.device)
+            self.nonfinite, self.alarms = self.nonfinite.to(query.device), self.alarms.to(query.device)
         if attn_metadata is None:  # vLLM measures memory
             if serves(self.layout, query.device):
                 tokens = workspace(self.layout.kv, self.window, len(key))
@@ -122,7 +121,7 @@ class TurboQuantImpl(AttentionImpl):
             return
         before, after = (ChannelStats.unstack(buf.tracker[row, s]) for s in ((slot - 1) % STATES, slot))
         misfit = ChannelTracker.misfit(before, after, kv.decay, kv.hot_channels(self.layout.head_dim))
-        self.alarms = self.alarms.to(misfit.device) + (misfit >= DRIFT).sum()
+        self.alarms += (misfit >= DRIFT).sum()
 
     def _calls(self) -> Any:
         metadata = get_forward_context().attn_metadata

@@ -154,12 +154,13 @@ def attend(
     carrier, page, own = impl.tail.carrier, impl.layout.page(pages.shape[2]), prompts.own
     for i, of in enumerate(own):
         carrier.put(table[i : i + 1], start[i : i + 1], *(x[of].transpose(0, 1)[None] for x in (k, v)))
-    buf = carrier.gather(pages, page_table, table, start)
+    rounds = list(prompts.rounds())
+    buf = carrier.gather(pages, page_table, table, start, max(n for _, _, n in rounds))
     near = [newest(buf, i, p, k[of], v[of]) for i, (p, of) in enumerate(zip(prompts.each, own, strict=True))]
-    for rows, at, n in prompts.rounds():
+    for rows, at, n in rounds:
         some = part(buf, rows)
         ops.cache_append(some, page, together(q, at, n), together(k, at, n), together(v, at, n), None)
-        carrier.keep(some, table[rows], some.length - n, n, impl.nonfinite)
+        carrier.keep(some, table[rows], some.length - n, n, impl.nonfinite, impl.alarms)
         some.nonfinite.zero_()
     for i, (p, of) in enumerate(zip(prompts.each, own, strict=True)):
         one = part(buf, slice(i, i + 1))

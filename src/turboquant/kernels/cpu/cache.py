@@ -175,7 +175,7 @@ def _as_read(
     dtype, width = buf.ring_k.dtype, buf.table.shape[1]
     if dtype not in DTYPES:
         raise ValueError(f"the cache must be float32, bfloat16 or float16, not {dtype}")
-    specs = CacheBuffers.specs(layout, b, h, dtype, len(buf.pages), width)
+    specs = CacheBuffers.specs(layout, b, h, dtype, len(buf.pages), width, max(STATES, buf.tracker.shape[1]))
     for name in _BUFFERS:
         t = getattr(buf, name)
         if (tuple(t.shape), t.dtype) != specs[name]:

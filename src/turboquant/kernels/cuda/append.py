@@ -38,7 +38,7 @@ class _Call(ctypes.Structure):  # mirrors `Call` of csrc/append.cu
         *[(n, ctypes.c_void_p) for n in ("states", "arrived", "masks", "q", "k", "v")],
         *[(f"{t}_{s}", ctypes.c_longlong) for t in "qkv" for s in "bhn"],
         *[(n, ctypes.c_int) for n in ("pool", "width", "batch", "heads", "group", "tokens", "slots", "sinks")],
-        *[(n, ctypes.c_int) for n in ("samples", "several", "front")],
+        *[(n, ctypes.c_int) for n in ("samples", "kept", "several", "front")],
     ]
 
 
@@ -183,7 +183,7 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
         buf.readers.data_ptr(), buf.tracker.data_ptr(), work.data_ptr(), arrived.data_ptr(), starts + 8 * b,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         buf.pages.shape[0], buf.table.shape[1], b, h, q.shape[1] // h, n, layout.kv.ring_slots, layout.kv.sinks,
-        buf.readers.shape[2], several, front,
+        buf.readers.shape[2], buf.tracker.shape[1], several, front,
     )  # fmt: skip
     stream, block = nvrtc.stream_of(k.device), threads(layout)
     if several:

@@ -29,9 +29,8 @@ from turboquant.kernels.triton.tile import (
 from turboquant.packed.buffers import STATES, CacheBuffers
 from turboquant.packed.page import PageLayout
 
-_STATES = tl.constexpr(STATES)
 STORE_TILE = 32  # tokens that a program of _store moves
-SIZES = ("n", "width", "many")  # change from call to call: one compiled kernel serves all
+SIZES = ("n", "width", "many", "kept")  # change from call to call: one compiled kernel serves all
 USABLE, BAD = tl.constexpr(1), tl.constexpr(2)  # bits of the flags
 
 
@@ -51,15 +50,15 @@ def _page_at(pages, table, width, b, h, page, H: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def _state(tracker, b, h, page, H: tl.constexpr, L: tl.constexpr):
+def _state(tracker, b, h, page, kept, H: tl.constexpr, L: tl.constexpr):
     """Address of the tracker's state after a page."""
-    return tracker + (((b * _STATES + (page + _STATES) % _STATES) * H + h) * 3).to(tl.int64) * L.D
+    return tracker + (((b * kept + (page + kept) % kept) * H + h) * 3).to(tl.int64) * L.D
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _step(
     q, k, v, counts, order, pages, table, ring_k, ring_v, readers, tracker, length, flags, begin, tab, matrix, gaps,
-    n, width, qb, qh, qn, kb, kh, kn, vb, vh, vn,
+    n, width, kept, qb, qh, qn, kb, kh, kn, vb, vh, vn,
     H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, L: tl.constexpr, VALID: tl.constexpr, PARTS: tl.constexpr,
     TYPE: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +101,7 @@ def _step(
             power = page_power(q, readers, page, start, count, order, b, h, n, qb, qh, qn, c,
                                ring_k.dtype.element_ty, H, G, L, VALID)  # fmt: skip
             real = c < L.D
-            before, after = _state(tracker, b, h, page - 1, H, L) + c, _state(tracker, b, h, page, H, L) + c
+            before, after = _state(tracker, b, h, page - 1, kept, H, L) + c, _state(tracker, b, h, page, kept, H, L) + c
             if page > 0:
                 m0 = tl.load(before, mask=real, other=0.0)
                 v0 = tl.load(before + L.D, mask=real, other=0.0)
@@ -158,7 +157,7 @@ def _values(
 
 @triton.jit(do_not_specialize=SIZES)
 def _track(
-    counts, tracker, length, stats, begin, n, many,
+    counts, tracker, length, stats, begin, n, many, kept,
     H: tl.constexpr, L: tl.constexpr, VALID: tl.constexpr, CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     part, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -169,7 +168,7 @@ def _track(
         c = part * CHANNELS + tl.arange(0, CHANNELS)
         real, first = c < L.D, start // L.P
         total = end // L.P - first
-        before, old = _state(tracker, b, h, first - 1, H, L) + c, tl.where(real, first, 0) > 0
+        before, old = _state(tracker, b, h, first - 1, kept, H, L) + c, tl.where(real, first, 0) > 0
         m0 = tl.load(before, mask=old, other=0.0)
         v0 = tl.load(before + L.D, mask=old, other=0.0)
         p0 = tl.load(before + 2 * L.D, mask=old, other=0.0)
@@ -185,8 +184,8 @@ def _track(
             m0 = tl.where(past, blend(m0, mean, L.DECAY), mean)
             v0 = tl.where(past, blend(v0, var, L.DECAY), var)
             p0 = tl.where(past, blend(p0, power, L.DECAY), power)
-            after = _state(tracker, b, h, first + i, H, L) + c
-            late = tl.where(real, i, -_STATES) >= total - _STATES
+            after = _state(tracker, b, h, first + i, kept, H, L) + c
+            late = tl.where(real, i, -kept) >= total - kept
             tl.store(after, m0, mask=late)
             tl.store(after + L.D, v0, mask=late)
             tl.store(after + 2 * L.D, p0, mask=late)
@@ -285,7 +284,8 @@ def check(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor
         raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not match")
     if valid is not None and (valid.shape != (b, n) or valid.dtype != torch.bool):
         raise ValueError(f"valid must be ({b}, {n}) bool, got {tuple(valid.shape)} {valid.dtype}")
-    specs = CacheBuffers.specs(layout, b, h, buf.ring_k.dtype, len(buf.pages), buf.table.shape[1])
+    states = max(STATES, buf.tracker.shape[1])
+    specs = CacheBuffers.specs(layout, b, h, buf.ring_k.dtype, len(buf.pages), buf.table.shape[1], states)
     for name, want in specs.items():
         t = getattr(buf, name)
         if (tuple(t.shape), t.dtype) != want or not t.is_contiguous():
@@ -312,6 +312,7 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
     check(buf, layout, q, k, v, valid)
     q, k, v = _dense(q), _dense(k.to(buf.ring_k.dtype)), _dense(v.to(buf.ring_v.dtype))
     s, group, width, device = spec(layout), q.shape[1] // h, buf.table.shape[1], k.device
+    kept = buf.tracker.shape[1]
     tab, matrix, gaps = tables(layout, device)
     counts = order = buf.length
     if valid is not None:
@@ -326,7 +327,7 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
     if n <= s.P:
         _step[(h, b)](
             q, k, v, counts, order, buf.pages, buf.table, buf.ring_k, buf.ring_v, buf.readers, buf.tracker, buf.length,
-            flags, begin, tab, matrix, gaps, n, width, *strides,
+            flags, begin, tab, matrix, gaps, n, width, kept, *strides,
             G=group, N=min(s.PP, 16 if n <= 16 else s.PP), **common, **encoder,
         )  # fmt: skip
     else:
@@ -337,7 +338,7 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
         )  # fmt: skip
         channels = min(32, s.DP)
         _track[(-(-d // channels), h, b)](
-            counts, buf.tracker, buf.length, stats, begin, n, most + 1,
+            counts, buf.tracker, buf.length, stats, begin, n, most + 1, kept,
             CHANNELS=channels, AHEAD=6, num_warps=1, **common,
         )  # fmt: skip
         _keys[(most, h, b)](

@@ -13,17 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from turboquant.kernels.triton.drift import drifted
 from turboquant.packed.buffers import READER_STRIDE, STATES, CacheBuffers, reader_slots
 from turboquant.packed.page import PageLayout
 
 _STATES, _STRIDE = tl.constexpr(STATES), tl.constexpr(READER_STRIDE)
-SIZES = ("n", "width")  # change from call to call
+SIZES = ("n", "width", "slots")  # change from call to call
 
 
 @triton.jit
 def _block(table, width, b, index, some):
     """Ids of blocks of a row, 0 for none."""
     return tl.load(table + b * width + index, mask=some & (index >= 0) & (index < width), other=0).to(tl.int64)
+
+
+@triton.jit
+def _state(tracker, b, h, page, slots, H: tl.constexpr, D: tl.constexpr):
+    """Address of the tracker's state after a page."""
+    return tracker + ((b.to(tl.int64) * slots + page % slots) * H + h) * 3 * D
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -50,7 +57,7 @@ def _put(
 
 @triton.jit(do_not_specialize=SIZES)
 def _gather(
-    pool, states, table, start_of, length, nonfinite, ring_k, ring_v, sink_k, sink_v, readers, tracker, width,
+    pool, states, table, start_of, length, nonfinite, ring_k, ring_v, sink_k, sink_v, readers, tracker, width, slots,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr,
     P: tl.constexpr, R: tl.constexpr, C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, J: tl.constexpr,
     JP: tl.constexpr, AT_READERS: tl.constexpr, AT_STATE: tl.constexpr, SHARE: tl.constexpr, SHARE_P: tl.constexpr,
@@ -100,7 +107,7 @@ def _gather(
         page = start // P - 1
         if page >= 0:
             e = tl.arange(0, SHARE_P)
-            state = tracker + ((b.to(tl.int64) * _STATES + page % _STATES) * H + h) * 3 * D + e
+            state = _state(tracker, b, h, page, slots, H, D) + e
             for share in tl.static_range(P // T):
                 share_id = _block(table, width, b, page * (P // T) + share, page >= 0)
                 own = (e < SHARE) & (share * SHARE + e < 3 * D)
@@ -110,38 +117,46 @@ def _gather(
 
 @triton.jit(do_not_specialize=SIZES)
 def _keep(
-    pool, states, table, start_of, nonfinite, total, readers, tracker, n, width,
+    pool, states, table, start_of, nonfinite, total, alarms, readers, tracker, n, width, slots,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr,
     P: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, AT_READERS: tl.constexpr, AT_STATE: tl.constexpr,
-    SHARE: tl.constexpr, SHARE_P: tl.constexpr,
+    SHARE: tl.constexpr, SHARE_P: tl.constexpr, LIVE: tl.constexpr, HOT: tl.constexpr, OLD: tl.constexpr,
 ):  # fmt: skip
-    """New reader samples, states after completed pages, and the count of tokens not finite. Program: (head, row)."""
+    """New reader samples, the states after the last pages, the counts of tokens not finite and of pages that drifted.
+    Program: (head, row, completed page); the first of a row's does all but the last.
+    """
     h, b = tl.program_id(0), tl.program_id(1)
     start = tl.load(start_of + b).to(tl.int32)
     end = start + n
     c, head = tl.arange(0, DP), b.to(tl.int64) * H + h
     here = _block(table, width, b, (end - 1) // T, n > 0) != 0  # padding of a captured batch has no block
-    if here & (h == 0):
-        tl.atomic_add(total, tl.load(nonfinite + b))
-    i = tl.arange(0, JP)
-    sample = end // _STRIDE - 1 - i
-    some = (sample >= start // _STRIDE) & (i < J)
-    position = sample * _STRIDE
-    block = _block(table, width, b, position // T, some)
-    to = (block * H + h) * ROW + AT_READERS + position % T // _STRIDE * D
-    see = (some & (block != 0))[:, None] & (c < D)[None, :]
-    x = tl.load(readers + (head * J + (sample + J) % J)[:, None] * D + c[None, :], mask=see)
-    tl.store(pool + to[:, None] + c[None, :], x, mask=see)
-    e = tl.arange(0, SHARE_P)
-    for back in tl.static_range(_STATES):
-        page = end // P - 1 - back
-        if here & (page >= start // P):
-            state = tracker + ((b.to(tl.int64) * _STATES + page % _STATES) * H + h) * 3 * D + e
-            for share in tl.static_range(P // T):
-                share_id = _block(table, width, b, page * (P // T) + share, page >= 0)
-                own = (e < SHARE) & (share * SHARE + e < 3 * D) & (share_id != 0)
-                part = tl.load(state + share * SHARE, mask=own)
-                tl.store(states + (share_id * H + h) * WORDS + AT_STATE + e, part, mask=own)
+    if LIVE:
+        nth = start // P + tl.program_id(2)
+        if here & (nth > 0) & (nth < end // P):
+            before, after = _state(tracker, b, h, nth - 1, slots, H, D), _state(tracker, b, h, nth, slots, H, D)
+            tl.atomic_add(alarms, drifted(before, after, c, OLD, D, DP, HOT).to(tl.int64))
+    if tl.program_id(2) == 0:
+        if here & (h == 0):
+            tl.atomic_add(total, tl.load(nonfinite + b))
+        i = tl.arange(0, JP)
+        sample = end // _STRIDE - 1 - i
+        some = (sample >= start // _STRIDE) & (i < J)
+        position = sample * _STRIDE
+        block = _block(table, width, b, position // T, some)
+        to = (block * H + h) * ROW + AT_READERS + position % T // _STRIDE * D
+        see = (some & (block != 0))[:, None] & (c < D)[None, :]
+        x = tl.load(readers + (head * J + (sample + J) % J)[:, None] * D + c[None, :], mask=see)
+        tl.store(pool + to[:, None] + c[None, :], x, mask=see)
+        e = tl.arange(0, SHARE_P)
+        for back in tl.static_range(_STATES):
+            page = end // P - 1 - back
+            if here & (page >= start // P):
+                state = _state(tracker, b, h, page, slots, H, D) + e
+                for share in tl.static_range(P // T):
+                    share_id = _block(table, width, b, page * (P // T) + share, page >= 0)
+                    own = (e < SHARE) & (share * SHARE + e < 3 * D) & (share_id != 0)
+                    part = tl.load(state + share * SHARE, mask=own)
+                    tl.store(states + (share_id * H + h) * WORDS + AT_STATE + e, part, mask=own)
 
 
 class Carrier:
@@ -169,9 +184,10 @@ class Carrier:
             "AT_READERS": at["readers"], "AT_STATE": at["tracker"], "SHARE": share,
             "SHARE_P": triton.next_power_of_2(share),
         }  # fmt: skip
+        drift = {"LIVE": kv.codec == "live", "HOT": layout.hot, "OLD": kv.decay / (1 - kv.decay)}
         sinks = triton.next_power_of_2(max(1, kv.sinks))
         gather = keep | {"R": kv.ring, "C": kv.ring_slots, "S": kv.sinks, "SP": sinks}
-        self.constants = {_put: sizes, _keep: keep, _gather: gather}
+        self.constants = {_put: sizes, _keep: keep | drift, _gather: gather}
 
     def put(self, table: Tensor, start: Tensor, k: Tensor, v: Tensor) -> None:
         """Store new keys and values (G, H, n, d) of rows at `start`, as far as there are blocks for them.
@@ -185,32 +201,39 @@ class Carrier:
         strides = (*k.stride()[:3], *v.stride()[:3])
         _put[(blocks, h, g)](self.rows, table, start, k, v, n, table.shape[1], *strides, **self.constants[_put])
 
-    def gather(self, pages: Tensor, page_table: Tensor, table: Tensor, start: Tensor) -> CacheBuffers:
-        """The buffers of rows as they are before their new tokens, as far as these read them."""
-        specs = _specs(self.layout, len(start), self.heads, self.rows.dtype)
+    def gather(self, pages: Tensor, page_table: Tensor, table: Tensor, start: Tensor, n: int) -> CacheBuffers:
+        """The buffers of rows as they are before their new tokens, as far as these read them.
+
+        Args:
+            n: tokens that are appended at once, at most: the tracker's states after all their pages are kept.
+        """
+        states = max(STATES, -(-n // self.layout.kv.page) + 1)
+        specs = _specs(self.layout, len(start), self.heads, self.rows.dtype, states)
         new = {name: torch.empty(shape, dtype=dtype, device=self.device) for name, (shape, dtype) in specs.items()}
         buf = CacheBuffers(pages=pages, table=page_table, **new)
         _gather[(self.ring_blocks + 2, self.heads, len(start))](
             self.rows, self.states, table, start, buf.length, buf.nonfinite, buf.ring_k, buf.ring_v, buf.sink_k,
-            buf.sink_v, buf.readers, buf.tracker, table.shape[1], **self.constants[_gather],
+            buf.sink_v, buf.readers, buf.tracker, table.shape[1], states, **self.constants[_gather],
         )  # fmt: skip
         return buf
 
-    def keep(self, buf: CacheBuffers, table: Tensor, start: Tensor, n: int, total: Tensor) -> None:
+    def keep(self, buf: CacheBuffers, table: Tensor, start: Tensor, n: int, nonfinite: Tensor, alarms: Tensor) -> None:
         """Store what `cache_append` of n tokens to rows at `start` has added beside keys and values.
 
         Args:
-            total: () int64, takes the tokens that were not finite.
+            nonfinite, alarms: () int64, take the tokens that were not finite and the pages of a KV head that drifted
+                (`ChannelTracker.misfit` from DRIFT on).
         """
-        _keep[(self.heads, len(start))](
-            self.rows, self.states, table, start, buf.nonfinite, total, buf.readers, buf.tracker, n, table.shape[1],
-            **self.constants[_keep],
+        pages = -(-n // self.layout.kv.page)  # that are complete now, at most
+        _keep[(self.heads, len(start), pages)](
+            self.rows, self.states, table, start, buf.nonfinite, nonfinite, alarms, buf.readers, buf.tracker, n,
+            table.shape[1], buf.tracker.shape[1], **self.constants[_keep],
         )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
 def _specs(
-    layout: PageLayout, rows: int, heads: int, dtype: torch.dtype
+    layout: PageLayout, rows: int, heads: int, dtype: torch.dtype, states: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    specs = CacheBuffers.specs(layout, rows, heads, dtype)
+    specs = CacheBuffers.specs(layout, rows, heads, dtype, states=states)
     return {name: spec for name, spec in specs.items() if name not in ("pages", "table")}

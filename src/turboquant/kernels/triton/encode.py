@@ -52,6 +52,19 @@ def page_power(q, readers, page, start, count, order, b, h, n, sb, sh, sn, c, DT
 
 
 @triton.jit
+def hottest(importance, c, HOT: tl.constexpr, DP: tl.constexpr):
+    """(DP,) int32: 1 for the HOT channels c of the largest importance, the first of equals; it is -1 where there is no
+    channel.
+    """
+    is_hot = tl.zeros((DP,), tl.int32)
+    for _ in range(HOT):
+        at = tl.min(tl.where(importance == tl.max(importance, 0), c, DP), 0)
+        is_hot = tl.where(c == at, 1, is_hot)
+        importance = tl.where(c == at, -1.0, importance)
+    return is_hot
+
+
+@triton.jit
 def blend(a, b, w):
     """(1-w)·a + w·b, rounded the same way wherever it is compiled."""
     return tl.fma(b, w + tl.zeros_like(b), a * (1 - w))
@@ -205,13 +218,7 @@ def encode_keys(k, mean, var, power, usable, page, ring, chunk, at_ring, at_chun
         log = clamp(rint(tl.log2(s) * 16) + 128, 0.0, 255.0).to(tl.int32)
         tl.store(page + L.O_key_log_s + c, log.to(tl.uint8), mask=real)
         s = tl.load(tab + L.T_s + log)
-        is_hot = tl.zeros((L.DP,), tl.int32)
-        if L.HOT > 0:
-            importance = tl.where(real, sk * sq, -1.0)
-            for _ in range(L.HOT):
-                at = tl.min(tl.where(importance == tl.max(importance, 0), c, L.DP), 0)
-                is_hot = tl.where(c == at, 1, is_hot)
-                importance = tl.where(c == at, -1.0, importance)
+        is_hot = hottest(tl.where(real, sk * sq, -1.0), c, L.HOT, L.DP)
         cold = (is_hot == 0) & real
         relative = tl.where(cold, mean / s, 0.0)
         step16 = fp16_up(tl.max(tl.abs(relative), 0) / 127)

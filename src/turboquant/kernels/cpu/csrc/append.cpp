@@ -107,7 +107,7 @@ void statistics(const Sequence& s, const Encoder& e, Loaded& x, float* frozen) {
     for (int k = 0; k < p.d; k++) power[k] /= float(per);
     e.page_stats(p, x.k, x.usable, power, own);
     const auto state = [&](int64_t of) {
-      return c.tracker + ((int64_t(s.b) * p.states + of % p.states) * c.heads + s.h) * 3 * p.d;
+      return c.tracker + ((int64_t(s.b) * c.states + of % c.states) * c.heads + s.h) * 3 * p.d;
     };
     blend(p, page ? state(page - 1) : nullptr, own, page > 0, frozen + i * 3 * p.d, state(page));
   }

@@ -135,7 +135,9 @@ struct Prepared {
     for (int i : {SINK_K, SINK_V}) {
       if (!at[i].is(dtype, {b, h, s.sinks, d})) return false;
     }
-    if (!at[READERS].is(dtype, {b, h, s.samples, d}) || !at[TRACKER].is(FLOAT32, {b, s.states, h, 3, d})) return false;
+    if (!at[READERS].is(dtype, {b, h, s.samples, d}) || at[TRACKER].ndim != 5) return false;
+    c.states = int(at[TRACKER].shape[1]);
+    if (c.states < s.states || !at[TRACKER].is(FLOAT32, {b, c.states, h, 3, d})) return false;
     if (!at[LENGTH].is(INT64, {b}) || !at[NONFINITE].is(INT64, {b})) return false;
     if (!valid.is_none()) {
       View mask;

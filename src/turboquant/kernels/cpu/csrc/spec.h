@@ -51,7 +51,7 @@ struct Call {
   void *ring_k, *ring_v, *sink_k, *sink_v, *readers;
   float* tracker;
   int64_t *length, *nonfinite;
-  int batch, heads, group, n, slots, sinks, samples, width, pool;  // pages of a table row, of the pool
+  int batch, heads, group, n, slots, sinks, samples, states, width, pool;  // pages of a table row, of the pool
   int dtype;                                                 // of ring, sinks and readers
   Strided q, k, v, out;
   const uint8_t* valid;  // (B, n) or null

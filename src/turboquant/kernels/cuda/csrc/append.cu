@@ -5,7 +5,7 @@
 #include "page.cuh"
 
 DEVICE float* state_at(const Call& c, int b, int h, i64 page) {
-  return c.tracker + ((i64(b) * STATES + page % STATES) * c.heads + h) * 3 * D;
+  return c.tracker + ((i64(b) * c.kept + u32(page) % u32(c.kept)) * c.heads + h) * 3 * D;
 }
 DEVICE float blended(float old, float a, float add, float b) { return a * old + b * add; }
 
@@ -31,7 +31,7 @@ DEVICE void blend(const Call& c, const Page& p, Stats& stats, const float (&own)
   const int kind = threadIdx.x / QUADS, ch = threadIdx.x % QUADS * 4;
   if (kind > 2) return;
   float before[4], out[4], after[4];
-  get_four(state_at(c, p.b, p.h, p.index + 1) + kind * D + ch, before);  // the slot of page index - 1
+  get_four(state_at(c, p.b, p.h, p.index + c.kept - 1) + kind * D + ch, before);  // the slot of page index - 1
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     out[i] = kind && p.index ? blended(before[i], BLEND_OLD, own[i], BLEND_NEW) : own[i];
@@ -40,14 +40,14 @@ DEVICE void blend(const Call& c, const Page& p, Stats& stats, const float (&own)
   put_four(out, stats[kind] + ch), put_four(after, state_at(c, p.b, p.h, p.index) + kind * D + ch);
 }
 // Where a chunk completes several pages: of a KV head the own statistics become what each page is encoded with, and the
-// tracker's states after the last two are kept. By one block, four channels of one kind a thread, from page to page.
+// tracker's last states are kept. By one block, four channels of one kind a thread, from page to page.
 constexpr int AT_ONCE = 8;
 DEVICE void track(const Call& c, const Page& p, i64 last) {
   const int i = threadIdx.x * 4;
   const i64 first = p.start / P;
   if (i >= 3 * D) return;
   float* at = states_at(c, p) - p.at * 6 * D + i;
-  float state[4] = {}, before[4];
+  float state[4] = {};
   if (first) get_four(state_at(c, p.b, p.h, first - 1) + i, state);
 #pragma unroll 1
   for (i64 from = first; from < last; from += AT_ONCE, at += AT_ONCE * 6 * D) {
@@ -62,15 +62,13 @@ DEVICE void track(const Call& c, const Page& p, i64 last) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const float own = y[j];
-        before[j] = state[j];
         if (from + n) y[j] = blended(state[j], BLEND_OLD, own, BLEND_NEW);  // the first page has no past
         state[j] = from + n ? blended(state[j], DECAY_OLD, own, DECAY_NEW) : own;
       }
       if (i >= D) put_four(y, at + n * 6 * D);
+      if (from + n + c.kept >= last) put_four(state, state_at(c, p.b, p.h, from + n) + i);
     }
   }
-  put_four(state, state_at(c, p.b, p.h, last - 1) + i);
-  if (last - first > 1) put_four(before, state_at(c, p.b, p.h, last - 2) + i);
 }
 // Channels lane + 32·i of a warp.
 constexpr int EACH = (D + 31) / 32;

@@ -2,7 +2,6 @@
 #pragma once
 #include "rows.cuh"
 
-constexpr int STATES = 2;  // kept of the tracker
 static_assert(D <= THREADS, "a thread a channel");
 
 struct Call {  // mirrored by `_Call` in append.py
@@ -15,7 +14,7 @@ struct Call {  // mirrored by `_Call` in append.py
   u64* masks;               // (batch, heads, pages of the chunk, 2): tokens that count in no statistic; not finite
   const u16 *q, *k, *v;
   i64 q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n;
-  int pool, width, batch, heads, group, tokens, slots, sinks, samples;
+  int pool, width, batch, heads, group, tokens, slots, sinks, samples, kept;  // kept: states of the tracker
   int several, front;  // pages of the chunk, 0 if at most one; tokens from its beginning that `store` looks at
 };
 
