@@ -263,23 +263,24 @@ def test_nonfinite_tokens_are_counted_once():
     assert int(engine.impl.nonfinite) == 2
 
 
-@pytest.mark.parametrize("cuts,interval", [((600, 601), 512), ((30, 64, 200, 513), 128), ((600,), 0)])
+@pytest.mark.parametrize("cuts,interval", [((0.5, 5.9), 0), ((1, 5), 2)])
 def test_drift_alarms(cuts, interval, monkeypatch):
     """As many as in steps that go page by page (test_cache_blocks.py), in prompts and in decoded tokens; in long chunks
-    too, where a chunk completes more pages than there are states of the tracker elsewhere."""
-    streams = {"a": stream(640, 21, BF16), "b": drifting(21, 320, dtype=BF16), "c": drifting(22, 320, dtype=BF16)}
-    want = [sum(drifted(parse_recipe("kv4").kv, *streams[name][:2]) for name in names) for names in ("a", "bc")]
-    assert want[0] == 0 and want[1] >= 4 * H
-    for names, alarms in zip(("a", "bc"), want, strict=True):
-        engine = DeviceEngine("kv4")
-        engine.steps.interval = interval
-        ends = sorted({*cuts, *range(635, 641)})
-        for start, end in pairwise([0, *ends]):
-            engine.step([(name, start, *(x[start:end] for x in streams[name])) for name in names])
-        assert int(engine.impl.alarms) == alarms
+    too, which complete more pages than there are states of the tracker elsewhere. Cuts and interval in pages."""
+    recipe = "kv4" if DEVICE == "cuda" else "kv4:page=16,ring=16,sinks=4,rewind=0"
+    kv = parse_recipe(recipe).kv
+    n = 6 * kv.page
+    streams = [drifting(21, at, n, BF16) for at in (3 * kv.page, n)]
+    want = [drifted(kv, q, k) for q, k, _ in streams]
+    assert want[0] >= 2 * H > 2 * want[1], want
+    engine = DeviceEngine(recipe)
+    engine.steps.interval = interval * kv.page
+    for start, end in pairwise([0, *(int(c * kv.page) for c in cuts), n - 1, n]):
+        engine.step([(str(i), start, *(x[start:end] for x in s)) for i, s in enumerate(streams)])
+    assert int(engine.impl.alarms) == sum(want)
     monkeypatch.setattr(attention, "_installed", [engine.impl])
-    found = [(labels, n) for name, labels, n in attention.rows() if name == "drift_alarms"]
-    assert found == [({"of": "cache", "layer": "x"}, want[1])]
+    found = [(labels, count) for name, labels, count in attention.rows() if name == "drift_alarms"]
+    assert found == [({"of": "cache", "layer": "x"}, sum(want))]
 
 
 def test_the_kernels_that_are_reported_are_those_that_run(monkeypatch):
