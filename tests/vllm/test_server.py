@@ -14,11 +14,11 @@ from turboquant.integrations.vllm.metrics import HELP
 
 
 @pytest.fixture(scope="module")
-def server(serve, smollm2):
-    """(url, get) of a server of SmolLM2 with quantized layers and cache."""
+def server(serve, packed, smollm2):
+    """(url, get) of a server of SmolLM2 as `turboquant quantize` writes it, with quantized layers and cache."""
     args = ("--max-model-len", "2048", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16")
     memory = ("--kv-cache-memory-bytes", str(256 << 20), "--served-model-name", "smollm2")
-    with serve(str(smollm2), "--recipe", "w8a8kv4", "--", *args, *memory) as found:
+    with serve(str(packed(smollm2, "w8a8kv4")), "--", *args, *memory) as found:
         yield found
 
 
