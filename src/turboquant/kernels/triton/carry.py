@@ -227,7 +227,7 @@ class Carrier:
         pages = -(-n // self.layout.kv.page)  # that are complete now, at most
         _keep[(self.heads, len(start), pages)](
             self.rows, self.states, table, start, buf.nonfinite, nonfinite, alarms, buf.readers, buf.tracker, n,
-            table.shape[1], buf.tracker.shape[1], **self.constants[_keep],
+            table.shape[1], buf.tracker.shape[1], num_warps=1, **self.constants[_keep],
         )  # fmt: skip
 
 
