@@ -1,6 +1,7 @@
 """QuantLinear, QuantExperts and conversion: what they compute, keep, move and refuse."""
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from turboquant.kernels import reference
+from turboquant.kernels.linear import LinearState
 from turboquant.kernels.ops import use_backend
 from turboquant.layers.convert import Plan, dequantize_model, quantize_model, quantized, targets
 from turboquant.layers.linear import QuantExperts, QuantLinear
@@ -297,6 +300,31 @@ def test_native_products_stand_between_compiled_graphs(recipe):
         compiled = torch.compile(layer, backend="eager")
         assert all(torch.equal(compiled(x), want) for _ in range(3))
     torch.compiler.reset()  # the broken graph is kept by the code that all layers share
+
+
+@pytest.mark.parametrize("recipe", ["w4a8", "w4a4"])
+def test_the_linear_of_gpus_compiles_as_one_graph(recipe):
+    """With a product and a quantizer that need no GPU."""
+    linear = importlib.import_module("turboquant.kernels.cuda.linear")
+    layer, _ = make(recipe)
+    weight, state, x = layer.slot.packed(), LinearState(layer.slot.state().hot), torch.randn(3, 96)
+
+    class Product(torch.nn.Module):
+        torch_dtype = torch.float32
+
+        def forward(self, rows, input_scale):
+            return F.linear(rows * input_scale, weight.dequantize())
+
+    state.prepared["cuda torch.float32"] = linear.Prepared([Product()], 0, reference.quantize)
+
+    def run(x):
+        return linear.linear(x, weight, None, layer.slot.recipe.activations, state)
+
+    with torch.no_grad(), use_backend("reference"):
+        want = layer.slot(x)
+        torch.testing.assert_close(run(x), want, rtol=1e-5, atol=1e-5)
+        got = torch.compile(run, backend="eager", fullgraph=True)(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", ["w4a8", "w8", "w4a4", "a8"])

@@ -232,8 +232,7 @@ def test_two_ranks(llama, ran, engines):
     both = {"model": llama, "recipe": "raw", "settings": {"tensor_parallel_size": 2}}
     config = {"model": llama, "num_speculative_tokens": 4, "draft_tensor_parallel_size": 2}
     drafted = both | {"settings": both["settings"] | {"speculative_config": config}, "prompts": PROMPTS[:3]}
-    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    alone, drafted = engines([both, drafted], **env)
+    alone, drafted = engines([both, drafted], VLLM_CPU_OMP_THREADS_BIND="0|1")
     same([alone], ran["plain"])
     assert drafted["tokens"] == alone["tokens"][:3] and drafted["accepted"] == 3 * 5 * 4  # of 23 tokens, five a step
 

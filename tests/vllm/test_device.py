@@ -272,7 +272,7 @@ def test_drift_alarms(cuts, interval, monkeypatch):
     n = 6 * kv.page
     streams = [drifting(21, at, n, BF16) for at in (3 * kv.page, n)]
     want = [drifted(kv, q, k) for q, k, _ in streams]
-    assert want[0] >= 2 * H > 2 * want[1], want
+    assert want[0] >= H and want[1] == 0
     engine = DeviceEngine(recipe)
     engine.steps.interval = interval * kv.page
     for start, end in pairwise([0, *(int(c * kv.page) for c in cuts), n - 1, n]):

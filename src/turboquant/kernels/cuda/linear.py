@@ -9,6 +9,7 @@ are compiled when a shape first comes; it chooses among them by the number of ro
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -72,10 +73,12 @@ class Prepared(NamedTuple):
 
     Attributes:
         layers: one of humming a stage. few: rows up to which `product` runs on the first one's weight.
+        quantize: of another backend, which makes rows of an input.
     """
 
     layers: list[Any]
     few: int
+    quantize: Callable[..., Any]
 
 
 def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
@@ -92,7 +95,7 @@ def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
             torch.cuda.current_stream(device).synchronize()  # `product` reads it before it waits
         else:
             warnings.warn("this humming-kernels orders weights otherwise: it runs few rows too", stacklevel=2)
-    return Prepared(layers, few)
+    return Prepared(layers, few, ops.quantizer(device))
 
 
 def note(spec: LinearSpec, device: torch.device) -> str:
@@ -139,8 +142,7 @@ def linear(
     if recipe is None:
         assert isinstance(x, Tensor)
         return multiply(ready, weight, x.reshape(-1, k).contiguous(), None, bias).view(*x.shape[:-1], n)
-    with ops.use_backend("auto"):  # humming has no quantizer
-        rows = rows_of(x, recipe, state, ops.quantize)
+    rows = rows_of(x, recipe, state, ready.quantize)
     codes = rows.codes if isinstance(rows, Int8Rows) else rows.int8()
     y = multiply(ready, weight, codes.reshape(-1, k).contiguous(), rows.unit.reshape(-1, 1).contiguous(), bias)
     if isinstance(rows, Int4Rows) and state.hot is not None and state.hot.weight is not None:
