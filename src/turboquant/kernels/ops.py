@@ -294,7 +294,7 @@ def quantizer(device: torch.device) -> Callable[..., Any]:
     """`quantize` of a device whatever `use_backend` says, for a `linear` whose own backend has none. It is chosen once:
     the compiler can trace it, not the choosing."""
     with use_backend("auto"):
-        return _linear_op("quantize", None, device)  # type: ignore[no-any-return]
+        return _linear_op("quantize", None, device)
 
 
 def linear(
