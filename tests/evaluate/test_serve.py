@@ -52,7 +52,12 @@ def test_the_default_recipe_is_kv4_or_what_is_stored(vllm, tmp_path):
         (["m", "--recipe", "kv9"], "unknown recipe 'kv9'"),
         (["m.gguf"], "turboquant quantize m.gguf OUT"),
         (["m", "--", "--hf-overrides={}"], "--hf-overrides is set from MODEL and --recipe"),
+        (["m", "--", "--hf_overrides", "{}"], "--hf_overrides is set from MODEL and --recipe"),
+        (["m", "--", "--hf-overrides.rope_theta", "5"], "--hf-overrides.rope_theta is set from MODEL and --recipe"),
+        (["m", "--", "--hf-overrid={}"], "--hf-overrid is set from MODEL and --recipe"),
+        (["m", "--", "--quant", "fp8"], "--quant is set from MODEL and --recipe"),
         (["m", "--", "-q", "fp8"], "-q is set from MODEL and --recipe"),
+        (["m", "--", "-qfp8"], "-qfp8 is set from MODEL and --recipe"),
         (["m", "--port", "70000"], "port"),
     ],
 )

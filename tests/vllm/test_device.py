@@ -15,15 +15,19 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     # vLLM for CPUs comes without Triton; `make test-vllm` runs this file by itself, with one for its interpreter
     pytest.skip("needs a GPU or TRITON_INTERPRET=1: `make test-vllm` runs it so by itself", allow_module_level=True)
 
+import triton
+import triton.language as tl
 from block_engine import SCALE, D, Engine, G, H, drifted, drifting, expected, in_any_order, near, stream
 
 from turboquant.integrations.vllm import attention, device, pages, prompt
+from turboquant.integrations.vllm.blocks import BlockLayout
 from turboquant.integrations.vllm.plan import NULL
 from turboquant.integrations.vllm.tail import pool
 from turboquant.kernels import ops
 from turboquant.kernels.cuda.attention import MAX_TOKENS
 from turboquant.kernels.reference import decode_page_keys, decode_page_values
-from turboquant.kernels.triton import carry
+from turboquant.kernels.triton import carry, drift
+from turboquant.maths.tracker import DRIFT, ChannelStats, ChannelTracker
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import parse_recipe
 
@@ -214,17 +218,24 @@ def test_a_padded_batch_as_a_graph_runs_it():
     assert torch.equal(engine.pool[NULL], before), "rows of padding write nothing"
 
 
-@pytest.mark.parametrize("first", [512, 513])
-def test_a_hit_on_what_the_same_step_writes(first):
-    """Also where both are single tokens, whose order a captured graph cannot choose."""
-    q, k, v = stream(first + 40, 9, BF16)
-    engine, part = DeviceEngine("kv4"), lambda a, b: (q[a:b], k[a:b], v[a:b])
+@pytest.mark.parametrize("recipe,new", [("kv4", 40), ("kv4:ring=65", 1), ("kv4:ring=71", 7), ("kv4:ring=71", 8)])
+def test_a_hit_on_what_the_same_step_writes(recipe, new):
+    """Also of rows so short that they go together with the one that writes, as in a captured graph: they read nothing
+    packed of the page that it completes."""
+    q, k, v = stream(512 + new, 9, BF16)
+    engine, part = DeviceEngine(recipe), lambda a, b: (q[a:b], k[a:b], v[a:b])
     engine.step([("a", 0, *part(0, 511))])
     engine.grow("a", 511, 512)
     engine.pages["b"], engine.tails["b"] = list(engine.pages["a"]), list(engine.tails["a"])
-    new = first + 40 if first == 512 else 513
-    b, _ = engine.step([("b", 512, *part(512, new)), ("a", 511, *part(511, 512))])
-    near(b, expected("kv4", [(q, k, v)], backend=REFERENCE)[0][0][512:new])
+    b, _ = engine.step([("b", 512, *part(512, 512 + new)), ("a", 511, *part(511, 512))])
+    near(b, expected(recipe, [(q, k, v)], backend=REFERENCE)[0][0][512:])
+
+
+def test_a_ring_of_a_page_is_served_by_plans():
+    """Its first token after a page reads that page packed."""
+    layouts = [BlockLayout(parse_recipe(f"kv4:ring={n}").kv, 64, BF16) for n in (64, 65)]
+    assert "not longer than a page" in device.obstacle(layouts[0], torch.device(DEVICE))
+    assert device.most_tokens(layouts[1]) == 1
 
 
 def test_prompts_of_a_step_are_appended_together_in_chunks(monkeypatch):
@@ -261,6 +272,27 @@ def test_nonfinite_tokens_are_counted_once():
     for a, b in ((0, 100), (100, 130), (130, 131), (131, 200)):
         engine.step([("a", a, q[a:b], k[a:b], v[a:b])])
     assert int(engine.impl.nonfinite) == 2
+
+
+@triton.jit
+def _drifted(before, after, out, OLD: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HOT: tl.constexpr):
+    i = tl.program_id(0)
+    tl.store(
+        out + i, drift.drifted(before + i * 3 * D, after + i * 3 * D, tl.arange(0, DP), OLD, D, DP, HOT).to(tl.int32)
+    )
+
+
+@pytest.mark.parametrize("d,hot", [(80, 4), (16, 8), (32, 0), (256, 16)])
+def test_what_drifts_is_what_the_tracker_says(d, hot):
+    """Of states that differ in variances and reader powers by little to much; nothing was known before some."""
+    g, n = torch.Generator().manual_seed(d), 60
+    old = torch.rand(n, 3, d, generator=g) + 0.02
+    page = old * torch.exp(torch.randn(n, 3, d, generator=g) * torch.linspace(0, 1.8, n)[:, None, None])
+    old[:3, 1] = 0
+    new, out = 0.8 * old + 0.2 * page, torch.zeros(n, dtype=torch.int32, device=DEVICE)
+    _drifted[(n,)](old.to(DEVICE), new.to(DEVICE), out, OLD=4.0, D=d, DP=triton.next_power_of_2(d), HOT=hot)
+    want = ChannelTracker.misfit(ChannelStats.unstack(old), ChannelStats.unstack(new), 0.8, hot) >= DRIFT
+    assert 10 < want.sum() < n - 10 and torch.equal(out.cpu() > 0, want)
 
 
 @pytest.mark.parametrize("cuts,interval", [((0.5, 5.9), 0), ((1, 5), 2)])

@@ -5,7 +5,8 @@ at the same place at every step, and every layer's part of the pool stays where 
 chunks that end where a prefix hit may, then each is attended to in one piece (prompt.py).
 
 What a query reads is what `plan` has it read: the newest `ring` tokens and the sinks in 16 bit, the others packed. The
-pieces of a plan do not matter for that where the ring holds a page, which is what `obstacle` asks.
+pieces of a plan do not matter for that where the ring is longer than a page, which is what `obstacle` asks: a row that
+begins with a prefix hit may find the hit's last page not packed yet, for another row of the step completes it.
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,8 @@ def obstacle(layout: BlockLayout, device: torch.device) -> str | None:
     """None if steps run on the device, else why `plan` and its calls serve them."""
     if layout.dtype not in (torch.bfloat16, torch.float16):
         return f"a cache in {layout.dtype}"
-    if layout.kv.ring < layout.kv.page:
-        return f"a ring of {layout.kv.ring} tokens, shorter than a page"
+    if layout.kv.ring <= layout.kv.page:
+        return f"a ring of {layout.kv.ring} tokens, not longer than a page of {layout.kv.page}"
     for op in ops.OPS:
         name, why = ops.choose(op, layout.page(layout.row), device, ops.Chunk(layout.dtype))
         if name not in ("cuda", "triton"):
@@ -48,8 +49,8 @@ def serves(layout: BlockLayout, device: torch.device) -> bool:
 
 
 def most_tokens(layout: BlockLayout) -> int:
-    """Of a decoding row: each of its tokens reads what it would read alone."""
-    return min(DECODE, layout.kv.chunk)
+    """Of a decoding row: each reads what it would read alone, and nothing packed of the page before the row."""
+    return min(DECODE, layout.kv.ring - layout.kv.page)
 
 
 def graphs(layout: BlockLayout, config: Any) -> AttentionCGSupport:

@@ -53,7 +53,7 @@ def command(
             f"{name!r}: embeddings in 8 bit (head=8, embed=8) are not served by vLLM: quantize without these options"
         )
     for arg in extra:
-        if arg.split("=")[0] in ("--hf-overrides", "--quantization", "-q", "--model"):
+        if _is_set_here(arg):
             raise ServeError(
                 f"{arg.split('=')[0]} is set from MODEL and --recipe; call `vllm serve` to set it yourself"
             )
@@ -68,6 +68,15 @@ def command(
         config = {"quantization_config": {"quant_method": "turboquant", "recipe": name}}
         out += ["--hf-overrides", json.dumps(config)]
     return [*out, *extra]
+
+
+def _is_set_here(arg: str) -> bool:
+    """Whether an argument of vLLM's is one that `command` sets, the last of which would win. vLLM's parser takes it as
+    --hf_overrides, --hf-overrides.KEY, --hf-over and -qVALUE too.
+    """
+    name = arg.split("=")[0].split(".")[0].replace("_", "-")
+    known = ("--hf-overrides", "--quantization", "--model")
+    return arg.startswith("-q") or any(len(name) > len("--mode") and full.startswith(name) for full in known)
 
 
 def serve(
