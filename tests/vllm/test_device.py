@@ -222,13 +222,13 @@ def test_a_padded_batch_as_a_graph_runs_it():
 def test_a_hit_on_what_the_same_step_writes(recipe, new):
     """Also of rows so short that they go together with the one that writes, as in a captured graph: they read nothing
     packed of the page that it completes."""
-    q, k, v = stream(512 + new, 9, BF16)
+    q, k, v = stream(128 + new, 9, BF16)
     engine, part = DeviceEngine(recipe), lambda a, b: (q[a:b], k[a:b], v[a:b])
-    engine.step([("a", 0, *part(0, 511))])
-    engine.grow("a", 511, 512)
+    engine.step([("a", 0, *part(0, 127))])
+    engine.grow("a", 127, 128)
     engine.pages["b"], engine.tails["b"] = list(engine.pages["a"]), list(engine.tails["a"])
-    b, _ = engine.step([("b", 512, *part(512, 512 + new)), ("a", 511, *part(511, 512))])
-    near(b, expected(recipe, [(q, k, v)], backend=REFERENCE)[0][0][512:])
+    b, _ = engine.step([("b", 128, *part(128, 128 + new)), ("a", 127, *part(127, 128))])
+    near(b, expected(recipe, [(q, k, v)], backend=REFERENCE)[0][0][128:])
 
 
 def test_a_ring_of_a_page_is_served_by_plans():
