@@ -302,29 +302,38 @@ def test_native_products_stand_between_compiled_graphs(recipe):
     torch.compiler.reset()  # the broken graph is kept by the code that all layers share
 
 
-@pytest.mark.parametrize("recipe", ["w4a8", "w4a4"])
-def test_the_linear_of_gpus_compiles_as_one_graph(recipe):
-    """With a product and a quantizer that need no GPU."""
+@pytest.mark.parametrize("recipe", ["w4a8", "w4a4", "w4"])
+def test_the_linear_of_gpus_is_one_operator_of_a_compiled_model(recipe, monkeypatch):
+    """With a product that needs no GPU."""
     linear = importlib.import_module("turboquant.kernels.cuda.linear")
     layer, _ = make(recipe)
-    weight, state, x = layer.slot.packed(), LinearState(layer.slot.state().hot), torch.randn(3, 96)
 
     class Product(torch.nn.Module):
         torch_dtype = torch.float32
 
-        def forward(self, rows, input_scale):
-            return F.linear(rows * input_scale, weight.dequantize())
+        def forward(self, rows, input_scale=1.0):
+            return F.linear(rows * input_scale, decoded)
 
-    state.prepared["cuda torch.float32"] = linear.Prepared([Product()], 0, reference.quantize)
+    decoded, recipe, hot = layer.slot.packed().dequantize(), layer.slot.recipe.activations, layer.slot.state().hot
+    monkeypatch.setattr(linear, "prepare", lambda weight, bits, dtype: linear.Prepared([Product()], 0))
+    state = LinearState(hot)
 
-    def run(x):
-        return linear.linear(x, weight, None, layer.slot.recipe.activations, state)
+    def run(x, bias):
+        return linear.linear(x, layer.slot.packed(), bias, recipe, state)
 
-    with torch.no_grad(), use_backend("reference"):
-        want = layer.slot(x)
-        torch.testing.assert_close(run(x), want, rtol=1e-5, atol=1e-5)
-        got = torch.compile(run, backend="eager", fullgraph=True)(x)
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    x, bias = torch.randn(3, 96), torch.randn(48)
+    with torch.no_grad():
+        with pytest.raises(Exception, match="call the model once with inputs in"):
+            compiled(x, bias)
+        torch.compiler.reset()
+        want = run(x, bias)
+        assert torch.equal(compiled(x, bias), want) and torch.equal(compiled(x, bias + 1), run(x, bias + 1))
+        state = copy.deepcopy(state)  # a copied model's first call has a number of its own
+        run(x, bias)
+        assert torch.equal(compiled(x, bias), want)
+        plain = reference.linear(x, layer.slot.packed(), bias, recipe, LinearState(hot))
+        torch.testing.assert_close(want, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["w4a8", "w8", "w4a4", "a8"])

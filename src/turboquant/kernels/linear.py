@@ -120,6 +120,8 @@ class LinearState:
     prepared: dict[str, Any] = field(default_factory=dict)
     run: Callable[..., Tensor] | None = None  # the op of the backend that ran last
     backend: str = ""  # its name
+    number: int = -1  # and what `cuda` keeps for its operator
+    recipe: ActivationRecipe | None = None
 
 
 def rows_of(

@@ -290,13 +290,6 @@ def quantize(x: Tensor, recipe: ActivationRecipe, *args: Any, spec: LinearSpec |
     return _linear_op("quantize", spec, x.device)(x, recipe, *args)
 
 
-def quantizer(device: torch.device) -> Callable[..., Any]:
-    """`quantize` of a device whatever `use_backend` says, for a `linear` whose own backend has none. It is chosen once:
-    the compiler can trace it, not the choosing."""
-    with use_backend("auto"):
-        return _linear_op("quantize", None, device)
-
-
 def linear(
     x: Tensor | Coded,
     weight: PackedTensor | Tensor,

@@ -8,8 +8,9 @@ are compiled when a shape first comes; it chooses among them by the number of ro
 """
 
 import importlib.util
+import itertools
 import warnings
-from collections.abc import Callable
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -73,12 +74,10 @@ class Prepared(NamedTuple):
 
     Attributes:
         layers: one of humming a stage. few: rows up to which `product` runs on the first one's weight.
-        quantize: of another backend, which makes rows of an input.
     """
 
     layers: list[Any]
     few: int
-    quantize: Callable[..., Any]
 
 
 def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
@@ -95,7 +94,7 @@ def prepare(weight: PackedTensor, bits: int, dtype: torch.dtype) -> Prepared:
             torch.cuda.current_stream(device).synchronize()  # `product` reads it before it waits
         else:
             warnings.warn("this humming-kernels orders weights otherwise: it runs few rows too", stacklevel=2)
-    return Prepared(layers, few, ops.quantizer(device))
+    return Prepared(layers, few)
 
 
 def note(spec: LinearSpec, device: torch.device) -> str:
@@ -132,20 +131,57 @@ def multiply(
 def linear(
     x: Tensor | Coded, weight: PackedTensor, bias: Tensor | None, recipe: ActivationRecipe | None, state: LinearState
 ) -> Tensor:
-    """Contract in `kernels.linear.linear`; sums run in another order and outputs are rounded to 16 bit."""
-    dtype, key = x.dtype, f"cuda {x.dtype}"
+    """Contract in `kernels.linear.linear`; sums run in another order and outputs are rounded to 16 bit.
+
+    Compiled it is one operator, into which torch.compile does not look.
+    """
+    if torch.compiler.is_compiling():
+        n = weight.shape[0]
+        out: Tensor = torch.ops.turboquant.cuda_linear(x, weight.scale, weight.zero, bias, state.number, n)
+        return out
+    if _called.get(state.number) is not state:  # its first call, or a copy's
+        state.number = next(_numbers)
+        _called[state.number] = state
+    state.recipe, key = recipe, f"cuda {x.dtype}"
     if key not in state.prepared:
-        state.prepared[key] = prepare(weight, 16 if recipe is None else 8, dtype)
-    ready, (n, k) = state.prepared[key], weight.shape
+        state.prepared[key] = prepare(weight, 16 if recipe is None else 8, x.dtype)
+    return _linear(x, state.prepared[key], weight, weight.shape[0], bias, state)
+
+
+def _linear(
+    x: Tensor | Coded, ready: Prepared, weight: PackedTensor, n: int, bias: Tensor | None, state: LinearState
+) -> Tensor:
+    k = x.shape[-1]
     if 0 in x.shape:
-        return torch.empty(*x.shape[:-1], n, dtype=dtype, device=x.device)
-    if recipe is None:
+        return torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    if state.recipe is None:
         assert isinstance(x, Tensor)
         return multiply(ready, weight, x.reshape(-1, k).contiguous(), None, bias).view(*x.shape[:-1], n)
-    rows = rows_of(x, recipe, state, ready.quantize)
+    with ops.use_backend("auto"):  # humming has no quantizer
+        rows = rows_of(x, state.recipe, state, ops.quantize)
     codes = rows.codes if isinstance(rows, Int8Rows) else rows.int8()
     y = multiply(ready, weight, codes.reshape(-1, k).contiguous(), rows.unit.reshape(-1, 1).contiguous(), bias)
     if isinstance(rows, Int4Rows) and state.hot is not None and state.hot.weight is not None:
         hot = (rows.hot.float() * rows.hot_unit).reshape(len(y), -1)
         y = y + (hot @ state.hot.weight.T).to(y.dtype)
     return y.view(*x.shape[:-1], n)
+
+
+# States by the number that a compiled graph holds: operators of torch take tensors and numbers.
+_called: "weakref.WeakValueDictionary[int, LinearState]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("turboquant::cuda_linear", mutates_args=())
+def _operator(x: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, number: int, outputs: int) -> Tensor:
+    state = _called.get(number)
+    ready = None if state is None else state.prepared.get(f"cuda {x.dtype}")
+    if state is None or ready is None:
+        raise ops.BackendError(f"call the model once with inputs in {x.dtype} before it is compiled")
+    weight = PackedTensor(scale.new_empty(0, dtype=torch.uint8), scale, zero)  # codes are prepared
+    return _linear(x, ready, weight, outputs, bias, state)
+
+
+@_operator.register_fake
+def _(x: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, number: int, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)

@@ -146,17 +146,6 @@ def multiply(
         ValueError: a tensor of another dtype or size or not contiguous, no rows or more than MAX_ROWS, or rows of so
             many inputs that they do not fit into shared memory.
     """
-    if torch.compiler.is_compiling():
-        out: Tensor = torch.ops.turboquant.few_rows(weight, second, scale, zero, codes, unit, bias, dtype)
-        return out
-    return _multiply(weight, second, scale, zero, codes, unit, bias, dtype)
-
-
-def _multiply(
-    weight: Tensor, second: Tensor | None, scale: Tensor, zero: Tensor, codes: Tensor, unit: Tensor,
-    bias: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`multiply`, which checks here what it is given; torch.compile calls it as turboquant::few_rows."""
     (m, k), (n, groups) = codes.shape, scale.shape
     if not 0 < m <= MAX_ROWS:
         raise ValueError(f"{m} rows, from 1 to {MAX_ROWS} are possible")
@@ -179,12 +168,3 @@ def _multiply(
     grid = (shape.split, n // OUTPUTS, 1)
     nvrtc.launch(kernel, grid, 32 * WARPS, shape.shared, stream, call, after=True, cluster=shape.split)
     return out
-
-
-_operator = torch.library.custom_op("turboquant::few_rows", _multiply, mutates_args=())
-
-
-@_operator.register_fake
-def _(*args: Any) -> Tensor:
-    scale, codes, dtype = args[2], args[4], args[7]
-    return torch.empty(codes.shape[0], scale.shape[0], dtype=dtype, device=codes.device)
