@@ -97,6 +97,7 @@ JOBS = {  # of one model, in one process: starting it costs more than a small en
     "raw large": {"recipe": "raw:page=128,ring=64"},
     "raw draft": RAW | {"settings": SPECULATIVE},
     "kv4": KV4,
+    "kv4 unnamed": {"recipe": None, "tokens": 70, "settings": {"quantization": "turboquant"}},  # it is the default
     "kv4 chunked": KV4 | {"settings": CHUNKED | {"enable_prefix_caching": False}},
     "kv4 twice": KV4 | {"times": 2, "settings": CHUNKED},
     "kv4 tight": KV4 | {"settings": TIGHT | {"num_gpu_blocks_override": 90}},

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.model_executor.layers import quantization
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 
+from turboquant.integrations.vllm import config as plugin_config
 from turboquant.integrations.vllm import draft
 from turboquant.integrations.vllm.attention import VllmError, check, refusal, sweep
 from turboquant.recipe import parse_recipe
@@ -44,6 +46,13 @@ def layer(kind=Attention, **given):
     for name, value in (values | given).items():
         setattr(made, name, value)
     return made
+
+
+def test_a_quantization_method_of_vllms_own_is_not_replaced(monkeypatch):
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
+    monkeypatch.setattr(plugin_config, "QUANTIZATION_METHODS", ["awq", "turboquant"])
+    with pytest.raises(RuntimeError, match="'turboquant' itself"):
+        plugin_config.register()
 
 
 def test_an_ordinary_layer_is_served():
