@@ -102,8 +102,8 @@ def test_the_tail_in_blocks(recipe, d, dtype, compiled):
     for n in (1, 200):
         _, k, v = tokens(n, d, dtype, 2)
         carrier.put(table, start, k, v)
-        buf = carrier.gather(pool, torch.ones(2, 8, dtype=torch.int32), table, start)
-        carrier.keep(buf, table, start, n, total)
+        buf = carrier.gather(pool, torch.ones(2, 8, dtype=torch.int32), table, start, n)
+        carrier.keep(buf, table, start, n, total, total)
     assert compiled == TAIL
 
 
