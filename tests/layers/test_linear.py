@@ -308,32 +308,26 @@ def test_the_linear_of_gpus_is_one_operator_of_a_compiled_model(recipe, monkeypa
     linear = importlib.import_module("turboquant.kernels.cuda.linear")
     layer, _ = make(recipe)
 
-    class Product(torch.nn.Module):
-        torch_dtype = torch.float32
+    def product(rows, input_scale=1.0):
+        return F.linear(rows * input_scale, decoded)
 
-        def forward(self, rows, input_scale=1.0):
-            return F.linear(rows * input_scale, decoded)
-
+    product.torch_dtype = torch.float32
     decoded, recipe, hot = layer.slot.packed().dequantize(), layer.slot.recipe.activations, layer.slot.state().hot
-    monkeypatch.setattr(linear, "prepare", lambda weight, bits, dtype: linear.Prepared([Product()], 0))
+    monkeypatch.setattr(linear, "prepare", lambda weight, bits, dtype: linear.Prepared([product], 0))
     state = LinearState(hot)
-
-    def run(x, bias):
-        return linear.linear(x, layer.slot.packed(), bias, recipe, state)
-
+    run = lambda x, bias: linear.linear(x, layer.slot.packed(), bias, recipe, state)  # noqa: E731
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     x, bias = torch.randn(3, 96), torch.randn(48)
     with torch.no_grad():
         with pytest.raises(Exception, match="call the model once with inputs in"):
             compiled(x, bias)
-        torch.compiler.reset()
         want = run(x, bias)
         assert torch.equal(compiled(x, bias), want) and torch.equal(compiled(x, bias + 1), run(x, bias + 1))
         state = copy.deepcopy(state)  # a copied model's first call has a number of its own
         run(x, bias)
         assert torch.equal(compiled(x, bias), want)
-        plain = reference.linear(x, layer.slot.packed(), bias, recipe, LinearState(hot))
-        torch.testing.assert_close(want, plain, rtol=1e-4, atol=1e-4)
+        plain = reference.linear(x, layer.slot.packed(), bias, recipe, state)
+    torch.testing.assert_close(want, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["w4a8", "w8", "w4a4", "a8"])
