@@ -35,7 +35,7 @@ def test_starts_vllm_in_its_place(vllm):
     assert call("a/model", "-r", "w4a8kv4", "--port", "81", "--", "--tensor-parallel-size", "2")[0] == 0
     ((path, args),) = vllm
     assert path == sys.executable
-    assert args[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "a/model"]
+    assert args[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "a/model"]
     assert args[5:] == ["--port", "81", "--hf-overrides", RECIPE % "w4a8kv4", "--tensor-parallel-size", "2"]
 
 
@@ -59,6 +59,11 @@ def test_the_default_recipe_is_kv4_or_what_is_stored(vllm, tmp_path):
         (["m", "--", "-q", "fp8"], "-q is set from MODEL and --recipe"),
         (["m", "--", "-qfp8"], "-qfp8 is set from MODEL and --recipe"),
         (["m", "--port", "70000"], "port"),
+        (["m", "--", "--port", "81"], "--port is an option of turboquant serve: it goes before the --"),
+        (["m", "--", "--host=::1"], "--host is an option of turboquant serve: it goes before the --"),
+        (["m", "--max-model-len", "9"], "Arguments of vLLM's own go after --"),
+        (["smollm2"], "turboquant quantize smollm2 OUT"),
+        (["./no/such"], "MODEL './no/such': no such folder"),
     ],
 )
 def test_refuses(args, says, vllm):
@@ -72,6 +77,20 @@ def test_a_stored_recipe_is_not_overridden(vllm, tmp_path):
     folder = stored(tmp_path, quantization_config={"quant_method": "turboquant", "recipe": "w8a8"})
     code, err = call(folder, "-r", "w4a8")
     assert code == 2 and "is stored as 'w8a8' and served so" in err
+    code, err = call(folder, "-r", "w4a9")
+    assert code == 2 and "unknown recipe 'w4a9'" in err
+    assert not vllm
+
+
+def test_a_folder_without_a_model_is_refused(vllm, tmp_path):
+    code, err = call(str(tmp_path))
+    assert code == 2 and "holds no model" in err and not vllm
+
+
+def test_it_says_which_recipe_is_served(vllm, tmp_path):
+    folder = stored(tmp_path, quantization_config={"quant_method": "turboquant", "recipe": "w8a8"})
+    assert f"{folder}: recipe w8a8" in call(folder)[1]
+    assert "m: recipe kv4" in call("m")[1]
 
 
 def test_without_vllm_it_says_what_to_install(monkeypatch):

@@ -25,7 +25,9 @@ ENV = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
-    "PYTHONPATH": os.pathsep.join([str(Path(__file__).with_name("startup")), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(__file__).with_name("startup")), *filter(None, [os.environ.get("PYTHONPATH")])]
+    ),
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two test files run side by side: vLLM would put both engines on one core
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",

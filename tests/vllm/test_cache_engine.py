@@ -94,7 +94,7 @@ JOBS = {  # of one model, in one process: starting it costs more than a small en
     "raw twice": RAW | {"times": 2, "settings": CHUNKED},
     "raw tight": RAW | {"settings": TIGHT, "tokens": 70},
     "raw small": {"recipe": "raw:page=16,rewind=16"},
-    "raw large": {"recipe": "raw:page=128,ring=191"},
+    "raw large": {"recipe": "raw:page=128,ring=64"},
     "raw draft": RAW | {"settings": SPECULATIVE},
     "kv4": KV4,
     "kv4 unnamed": {"recipe": None, "tokens": 70, "settings": {"quantization": "turboquant"}},  # it is the default

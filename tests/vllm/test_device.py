@@ -310,7 +310,9 @@ def test_drift_alarms(cuts, interval, monkeypatch):
     for start, end in pairwise([0, *(int(c * kv.page) for c in cuts), n - 1, n]):
         engine.step([(str(i), start, *(x[start:end] for x in s)) for i, s in enumerate(streams)])
     assert int(engine.impl.alarms) == sum(want)
-    monkeypatch.setattr(attention, "_installed", [engine.impl])
+    unbound = Engine("kv4", BF16)
+    unbound.tail.kv_cache = torch.empty(0)  # as while a model is loaded: it is not reported
+    monkeypatch.setattr(attention, "_installed", [engine.impl, unbound.impl])
     found = [(labels, count) for name, labels, count in attention.rows() if name == "drift_alarms"]
     assert found == [({"of": "cache", "layer": "x"}, sum(want))]
 

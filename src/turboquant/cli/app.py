@@ -45,7 +45,9 @@ def _usage(error: Any, args: list[str]) -> str:
     """A usage error, with the value that was given (which typer leaves out)."""
     names = getattr(getattr(error, "param", None), "opts", [])
     given = [value for name, value in pairwise(args) if name in names]
-    return f"{error.format_message()}" + (f", given: {given[-1]!r}" if given else "")
+    text = f"{error.format_message()}" + (f", given: {given[-1]!r}" if given else "")
+    serving = getattr(getattr(error, "ctx", None), "info_name", None) == "serve"
+    return f"{text} Arguments of vLLM's own go after --" if serving and hasattr(error, "option_name") else text
 
 
 app = typer.Typer(

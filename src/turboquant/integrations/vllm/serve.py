@@ -9,8 +9,9 @@ from pathlib import Path
 
 from turboquant.recipe import parse_recipe
 
-SERVER = "vllm.entrypoints.openai.api_server"
+SERVER = ("vllm.entrypoints.cli.main", "serve")  # `vllm serve`
 DEFAULT = "kv4"
+CONFIGS = ("config.json", "params.json")  # of folders that vLLM reads
 
 
 class ServeError(RuntimeError):
@@ -40,19 +41,28 @@ def command(
         ServeError: no vLLM; a model or arguments that cannot go with the recipe. RecipeError: an unknown recipe.
     """
     stored = stored_recipe(model)
+    parsed = parse_recipe(recipe or stored or DEFAULT)
     if recipe is not None and stored is not None:
-        raise ServeError(f"{model} is stored as {stored!r} and served so: leave --recipe out, or name its original")
+        raise ServeError(f"{model} is stored as {stored!r} and served so: leave --recipe out, or name its float model")
     if model.endswith(".gguf"):
         raise ServeError(f"{model}: vLLM serves folders and hub names; quantize it: turboquant quantize {model} OUT")
-    if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
-        raise ServeError(f"model {model!r}: no such folder")
-    parsed = parse_recipe(recipe or stored or DEFAULT)
+    folder = Path(model).expanduser()
+    if model.startswith(("/", ".", "~")) and not folder.is_dir():
+        raise ServeError(f"MODEL {model!r}: no such folder")
+    if folder.is_dir() and not any((folder / name).exists() for name in CONFIGS):
+        raise ServeError(f"MODEL {model!r}: a folder without {' or '.join(CONFIGS)} holds no model")
+    if model == "smollm2":
+        raise ServeError(
+            "smollm2 is a GGUF file, and vLLM serves folders and hub names: turboquant quantize smollm2 OUT"
+        )
     name = parsed.name
     if parsed.weights is not None and (parsed.weights.head or parsed.weights.embed):
         raise ServeError(
             f"{name!r}: embeddings in 8 bit (head=8, embed=8) are not served by vLLM: quantize without these options"
         )
     for arg in extra:
+        if arg.split("=")[0] in ("--host", "--port"):
+            raise ServeError(f"{arg.split('=')[0]} is an option of turboquant serve: it goes before the --")
         if _is_set_here(arg):
             raise ServeError(
                 f"{arg.split('=')[0]} is set from MODEL and --recipe; call `vllm serve` to set it yourself"
@@ -62,7 +72,7 @@ def command(
             "vLLM is not installed: pip install 'turboquant[vllm]'. transformers' own server cannot take its place: of "
             "all quantizations it passes only bitsandbytes' on to a model, and so never this cache"
         )
-    out = [sys.executable, "-m", SERVER, "--model", model, "--port", str(port)]
+    out = [sys.executable, "-m", *SERVER, model, "--port", str(port)]
     out += ["--host", host] if host else []
     if stored is None:
         config = {"quantization_config": {"quant_method": "turboquant", "recipe": name}}
@@ -84,6 +94,7 @@ def serve(
 ) -> None:
     """Become the server; arguments as of `command`. Does not return."""
     args = command(model, recipe, host, port, extra)
+    print(f"{model}: recipe {parse_recipe(recipe or stored_recipe(model) or DEFAULT).name}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(args[0], args)
