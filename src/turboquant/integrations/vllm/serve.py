@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from turboquant.recipe import parse_recipe
+from turboquant.recipe import Recipe, parse_recipe
 
 SERVER = ("vllm.entrypoints.cli.main", "serve")  # `vllm serve`
 DEFAULT = "kv4"
@@ -27,6 +27,11 @@ def stored_recipe(model: str) -> str | None:
     return str(config.get("recipe")) if config.get("quant_method") == "turboquant" else None
 
 
+def served(model: str, recipe: str | None) -> Recipe:
+    """What a model is served with: `recipe`, else the one it is stored with, else DEFAULT."""
+    return parse_recipe(recipe or stored_recipe(model) or DEFAULT)
+
+
 def command(
     model: str, recipe: str | None = None, host: str | None = None, port: int = 8000, extra: Sequence[str] = ()
 ) -> list[str]:
@@ -40,21 +45,16 @@ def command(
     Raises:
         ServeError: no vLLM; a model or arguments that cannot go with the recipe. RecipeError: an unknown recipe.
     """
-    stored = stored_recipe(model)
-    parsed = parse_recipe(recipe or stored or DEFAULT)
+    stored, parsed = stored_recipe(model), served(model, recipe)
     if recipe is not None and stored is not None:
         raise ServeError(f"{model} is stored as {stored!r} and served so: leave --recipe out, or name its float model")
-    if model.endswith(".gguf"):
+    if model.endswith(".gguf") or model == "smollm2":  # which is one, for the other commands
         raise ServeError(f"{model}: vLLM serves folders and hub names; quantize it: turboquant quantize {model} OUT")
     folder = Path(model).expanduser()
     if model.startswith(("/", ".", "~")) and not folder.is_dir():
         raise ServeError(f"MODEL {model!r}: no such folder")
     if folder.is_dir() and not any((folder / name).exists() for name in CONFIGS):
         raise ServeError(f"MODEL {model!r}: a folder without {' or '.join(CONFIGS)} holds no model")
-    if model == "smollm2":
-        raise ServeError(
-            "smollm2 is a GGUF file, and vLLM serves folders and hub names: turboquant quantize smollm2 OUT"
-        )
     name = parsed.name
     if parsed.weights is not None and (parsed.weights.head or parsed.weights.embed):
         raise ServeError(
@@ -94,7 +94,7 @@ def serve(
 ) -> None:
     """Become the server; arguments as of `command`. Does not return."""
     args = command(model, recipe, host, port, extra)
-    print(f"{model}: recipe {parse_recipe(recipe or stored_recipe(model) or DEFAULT).name}", file=sys.stderr)
+    print(f"{model}: recipe {served(model, recipe).name}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(args[0], args)
