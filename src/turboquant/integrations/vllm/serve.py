@@ -1,5 +1,6 @@
 """`turboquant serve`: vLLM's OpenAI-compatible server, in this process' place. Imports no vLLM."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from turboquant.recipe import Recipe, parse_recipe
 
 SERVER = ("vllm.entrypoints.cli.main", "serve")  # `vllm serve`
+MODULE = ("vllm.entrypoints.openai.api_server", "--model")  # the same server by its module, deprecated
 DEFAULT = "kv4"
 CONFIGS = ("config.json", "params.json")  # of folders that vLLM reads
 
@@ -72,12 +74,23 @@ def command(
             "vLLM is not installed: pip install 'turboquant[vllm]'. transformers' own server cannot take its place: of "
             "all quantizations it passes only bitsandbytes' on to a model, and so never this cache"
         )
-    out = [sys.executable, "-m", *SERVER, model, "--port", str(port)]
+    out = [sys.executable, "-m", *_server(), model, "--port", str(port)]
     out += ["--host", host] if host else []
     if stored is None:
         config = {"quantization_config": {"quant_method": "turboquant", "recipe": name}}
         out += ["--hf-overrides", json.dumps(config)]
     return [*out, *extra]
+
+
+def _server() -> tuple[str, str]:
+    """SERVER, which asks for the version of a distribution named vllm and ends without it: the wheels for CPUs have
+    another name, and MODULE is what starts theirs.
+    """
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return MODULE
+    return SERVER
 
 
 def _is_set_here(arg: str) -> bool:
