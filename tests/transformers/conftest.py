@@ -52,13 +52,18 @@ MODELS = {
     ),
     "lfm2": ("lfm2", dict(layer_types=["conv", "full_attention", "full_attention"], block_auto_adjust_ff_dim=False)),
 }
+MOE = {
+    "olmoe": ("olmoe", dict(hidden_size=64, num_experts=4, num_experts_per_tok=4)),
+    "qwen3-moe": ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=4, moe_intermediate_size=32)),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=4)),
+}  # every expert for every token: no routing that a rounding could flip
 SOFTCAP_OR_SINKS = ("gemma2", "gpt-oss")
 
 
 def build(name: str, seed: int = 0, **changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind, options = MODELS[name]
+    kind, options = (MODELS | MOE)[name]
     config = AutoConfig.for_model(kind, **(BASE | options | changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -74,6 +79,18 @@ def build(name: str, seed: int = 0, **changes):
 def tiny():
     """(name, seed, **config changes) -> a fresh model with ordinary (eager) attention."""
     return build
+
+
+@pytest.fixture
+def saved(tmp_path, tiny):
+    """(name, **config changes) -> (model, the folder it was saved to)."""
+
+    def make(name, shard="50GB", **changes):
+        model = tiny(name, **changes)
+        model.save_pretrained(tmp_path / "float", max_shard_size=shard)
+        return model, tmp_path / "float"
+
+    return make
 
 
 @pytest.fixture(params=MODELS)
