@@ -36,7 +36,7 @@ HAS_VLLM       = $(filter 3.11-Linux-x86_64,$(shell $(VLLM_PYTHON) -c 'import sy
 
 HAS_TRITON    := $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m))
 
-.PHONY: help demo test check test-triton test-oldest test-vllm vllm-engines vllm-device sanitize package clean
+.PHONY: help demo test check test-triton test-oldest vllm test-vllm vllm-engines vllm-device sanitize package clean
 
 help:
 	@echo "make demo         a real model generates from a live 4-bit KV cache; what it cost, in demo-report/"
@@ -45,6 +45,7 @@ help:
 	@echo "make test-triton  the Triton kernels in Triton's interpreter, and compiled for GPUs (part of make test, three minutes)"
 	@echo "make test-oldest  tests/transformers against the oldest transformers release we test"
 	@echo "make test-vllm    tests/vllm inside vLLM for CPUs, in its own .venv-vllm (Python 3.11)"
+	@echo "make vllm         vLLM for CPUs in .venv-vllm alone, to serve with"
 	@echo "make sanitize     the native CPU module under the address and undefined-behaviour sanitizers"
 	@echo "make package      the sdist installs with a compiler and without one; the wheel is manylinux"
 	@echo "make clean        remove the environments, caches and the demo's report"
@@ -78,7 +79,13 @@ test-oldest: $(OLDEST)/.stamp-test
 # Side by side: engines wait for processes to start for half of their time.
 ifneq ($(HAS_VLLM),)
 test-vllm: $(VLLM)/.stamp-test $(if $(HAS_TRITON),$(VLLM)/triton/.stamp)
-	$(if $(PYTEST_ARGS),$(VLLM)/bin/python -m pytest -q tests/vllm $(PYTEST_ARGS),$(MAKE) -j2 --output-sync=target vllm-engines $(if $(HAS_TRITON),vllm-device))
+ifeq ($(PYTEST_ARGS),)
+	$(MAKE) -j2 --output-sync=target vllm-engines $(if $(HAS_TRITON),vllm-device)
+else
+	$(VLLM)/bin/python -m pytest -q tests/vllm $(PYTEST_ARGS)
+endif
+
+vllm: $(VLLM)/.stamp-test
 
 vllm-engines:
 	$(VLLM)/bin/python -m pytest -q -n 2 --dist loadfile --durations=10 tests/vllm
@@ -86,8 +93,8 @@ vllm-engines:
 vllm-device:
 	PYTHONPATH=$(VLLM)/triton TRITON_INTERPRET=1 $(VLLM)/bin/python -m pytest -q --durations=5 tests/vllm/test_device.py
 else
-test-vllm:
-	@echo "[test-vllm] vLLM for CPUs needs Python 3.11 on x86-64 Linux (VLLM_PYTHON=...): its tests did not run"
+test-vllm vllm:
+	@echo "[$@] vLLM for CPUs needs Python 3.11 on x86-64 Linux (VLLM_PYTHON=...): it is not installed and its tests do not run"
 endif
 
 sanitize: $(VENV)/.stamp-test

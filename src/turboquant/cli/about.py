@@ -72,7 +72,9 @@ def recipes(json: Json = None) -> None:
     rows = report.recipe_rows()
     console = open_console(json)
     linear = report.linear_recipe_rows()
-    console.print(report.table("Caches: recipes and schemes to compare with", rows, report.RECIPES))
-    console.print(report.table("Linear layers: recipes and schemes to compare with", linear, report.LINEAR_RECIPES))
+    console.print(report.table("Caches: recipes, and schemes that eval compares with", rows, report.RECIPES))
+    console.print(
+        report.table("Linear layers: recipes, and schemes that eval compares with", linear, report.LINEAR_RECIPES)
+    )
     console.print(report.RECIPE_HELP, markup=False)
     put_json(json, [*rows, *linear])

@@ -47,7 +47,9 @@ def _usage(error: Any, args: list[str]) -> str:
     given = [value for name, value in pairwise(args) if name in names]
     text = f"{error.format_message()}" + (f", given: {given[-1]!r}" if given else "")
     serving = getattr(getattr(error, "ctx", None), "info_name", None) == "serve"
-    return f"{text} Arguments of vLLM's own go after --" if serving and hasattr(error, "option_name") else text
+    if serving and (hasattr(error, "option_name") or "extra argument" in text):
+        text = f"{text.rstrip('.')}. A recipe follows --recipe, vLLM's own arguments follow --"
+    return text
 
 
 app = typer.Typer(

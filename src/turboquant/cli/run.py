@@ -1,8 +1,9 @@
 """Run a model: generate, serve."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from turboquant.cli.app import Device, Dtype, Json, Model, Quiet, Seed, Threads, app, load, open_console, put_json
 
@@ -52,28 +53,39 @@ def generate(
     put_json(json, row)
 
 
-@app.command()
+class Serve(TyperCommand):
+    """Keeps what follows -- for vLLM, so that a word before it is not taken for vLLM's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        ctx.meta["vllm"] = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- VLLM ARGS]"]
+
+
+@app.command(cls=Serve)
 def serve(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub name or folder.", show_default=False)],
-    vllm_args: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- VLLM ARGS]", help="Arguments of vLLM's server.", show_default=False),
-    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", "-r", help="Default: what a quantized folder was written with, else kv4."),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: vLLM's, all.")] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: vLLM's, 8000.")] = None,
 ) -> None:
     """Serve a model with vLLM: an OpenAI-compatible server with this recipe.
 
-    Needs vLLM: pip install "turboquant\\[vllm]"
+    What follows -- are arguments of vLLM's own. Needs vLLM: pip install ".\\[vllm]" in a clone of turboquant.
 
     Example: turboquant serve Qwen/Qwen3-8B --recipe w8a8kv4
 
     Example: turboquant serve ./qwen-w4 --port 8001 -- --tensor-parallel-size 2 --max-model-len 32768
+
+    Example: turboquant serve ./qwen-w4 -- --kv-cache-memory-bytes 1000000000 (on a CPU: vLLM would want all memory)
     """
     from turboquant.integrations.vllm.serve import serve as start
 
-    start(model, recipe, host, port, vllm_args or [])
+    start(model, recipe, host, port, ctx.meta["vllm"])

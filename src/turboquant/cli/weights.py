@@ -61,6 +61,7 @@ def quantize(
     shown = (rows, report.LAYERS) if layers else (quantizing.by_kind(rows), report.KINDS)
     console.print(report.table("Weights", *shown))
     console.print(report.table("In all (bytes)", [summary], report.SUMMARY))
+    console.print(f"turboquant generate {out} PROMPT, or turboquant serve {out}", style="dim", markup=False)
     put_json(json, {"summary": summary, "weights": rows})
 
 

@@ -72,6 +72,8 @@ def quantize(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         os.chmod(folder, 0o755)
+        for file in folder.iterdir():
+            os.chmod(file, 0o644)  # safetensors writes for its user alone, a server may be another
         if out.is_dir():
             out.rmdir()
         os.replace(folder, out)
