@@ -231,6 +231,19 @@ def test_a_hit_on_what_the_same_step_writes(recipe, new):
     near(b, expected(recipe, [(q, k, v)], backend=REFERENCE)[0][0][128:])
 
 
+def test_a_prompt_follows_the_prompt_whose_pages_it_hits():
+    """Also where it comes first in the batch: it reads, long after, what the other one writes in the same step."""
+    q, k, v = stream(268, 9, BF16)
+    engine, part = DeviceEngine("kv4"), lambda a, b: (q[a:b], k[a:b], v[a:b])
+    engine.step([("a", 0, *part(0, 100))])
+    engine.grow("a", 100, 128)
+    engine.pages["b"], engine.tails["b"] = list(engine.pages["a"]), list(engine.tails["a"])
+    b, _ = engine.step([("b", 128, *part(128, 268)), ("a", 100, *part(100, 128))])
+    ((want, packed),) = expected("kv4", [(q, k, v)], backend=REFERENCE)
+    near(b, want[128:])
+    same(engine, "b", 268, packed)
+
+
 def test_a_ring_of_a_page_is_served_by_plans():
     """Its first token after a page reads that page packed."""
     layouts = [BlockLayout(parse_recipe(f"kv4:ring={n}").kv, 64, BF16) for n in (64, 65)]

@@ -280,12 +280,15 @@ def test_what_cannot_be_served_is_refused(engine):
     attempt(lambda: new({"recipe": "w8", "format": 99}))
     attempt(lambda: new({"recipe": "w8", "kv_overrides": {"(": "kv4"}}))
     attempt(lambda: new.__self__.override_quantization_method({"recipe": "w8", "quant_method": ""}, None))
-    def misplaced(extra={}, overrides={}):
-        new({})._misplaced(
+    def misplaced(extra={}, overrides={}, online=None):
+        made = new({})
+        made.online_quantization_config = online
+        made._misplaced(
             SimpleNamespace(additional_config=extra, model_config=SimpleNamespace(hf_overrides=overrides))
         )
     attempt(lambda: misplaced({"turboquant": {}}))
     attempt(lambda: misplaced(overrides={"recipe": "w4"}))
+    attempt(lambda: misplaced(online={"linear": "fp8_per_tensor"}))
     attempt(lambda: misplaced(overrides={"quantization_config": {}}))
     attempt(lambda: new({"recipe": "w8", "overrides": {"q_proj": "none"}}).linear_of("model.layers.0.attn.qkv_proj"))
     attempt(layer("a.down_proj", "w4a8", False, 12, 24, 64, 2))
@@ -303,6 +306,7 @@ def test_what_cannot_be_served_is_refused(engine):
         "RecipeError: quantization_config {'recipe': 'w8', 'quant_method': ''} needs",
         "RecipeError: --additional-config: ['turboquant'] is not read there",
         "RecipeError: --hf-overrides: ['recipe'] is not read there",
+        "RecipeError: --quantization-config is vLLM's own quantization while loading",
         "None",
         "RecipeError: model.layers.0.attn.qkv_proj is one layer in vLLM, its parts need one recipe",
         "RecipeError: a.down_proj: a weight (N, 12) cannot be packed: 12 must be a multiple of 8 "
