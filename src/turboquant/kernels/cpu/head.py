@@ -1,7 +1,7 @@
 """A few rows times a float weight that stays as it is, in C++ (csrc/dense.cpp): the output embeddings of a step.
 
 Output embeddings are most of what a step of a small model reads; torch's product of one 16-bit row reads them at less
-than half of what memory gives (docs/measured.md, 7).
+than half of what memory gives (docs/measured/linear.md).
 """
 
 import torch
