@@ -77,6 +77,21 @@ def test_a_layer_that_reads_fewer_tokens_than_inputs_has_no_moments(tiny_llama):
     assert len(found) == 2 * 7 - 1 and not any("layers.0.mlp.down" in name for name in found)
 
 
+def test_moments_are_damped(tiny_llama):
+    """Against sums in fp64: every channel has DAMPING times the mean power more."""
+    seen, ids = [], random_ids(tiny_llama, 256, 64)
+    handle = tiny_llama.model.layers[1].mlp.up_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        found = moments_of(tiny_llama, ids)["model.layers.1.mlp.up_proj"]
+    finally:
+        handle.remove()
+    x = torch.cat(seen).flatten(0, -2).double()
+    want = x.T @ x / len(x)
+    want += torch.eye(len(want)) * want.diagonal().mean() * moments.DAMPING
+    assert len(x) == 256 and moments.DAMPING > 0.1
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5)
+
+
 def test_progress_of_moments(tiny_llama):
     said = []
     moments_without_data(tiny_llama, "random", lambda *what: said.append(what))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 FEEDBACK = ("self", "random")
 ROUND = 8  # rows that a model says at a time
 LEAST, PER_INPUT = 4096, 2  # tokens that moments are of: at least, and for each input of the widest layer
+DAMPING = 0.3  # of an input's mean power is added to every channel's: other texts differ from the tokens that were read
 Progress = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -111,9 +112,9 @@ def own_words(
 
 @torch.no_grad()
 def moments_of(model: Any, ids: Tensor, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Second moments of the inputs of a model's linear layers on token ids (rows, ctx): name -> (K, K) fp32, all at
-    once on the model's device. None of stacks of experts, of the output embeddings, and of layers that read fewer
-    tokens than they have inputs (an expert by itself).
+    """Second moments of the inputs of a model's linear layers on token ids (rows, ctx), damped (DAMPING): name ->
+    (K, K) fp32, all at once on the model's device. None of stacks of experts, of the output embeddings, and of layers
+    that read fewer tokens than they have inputs (an expert by itself).
 
     Args:
         progress: called with ("second moments", tokens read, tokens of all).
@@ -152,7 +153,10 @@ def moments_of(model: Any, ids: Tensor, progress: Progress | None = None) -> dic
     finally:
         for handle in handles:
             handle.remove()
-    return {name: m for name, m in out.items() if rows[name] >= len(m)}
+    enough = {name: found for name, found in out.items() if rows[name] >= len(found)}
+    for found in enough.values():
+        found.diagonal().add_(DAMPING * found.diagonal().mean())
+    return enough
 
 
 def _vocabulary(model: Any) -> int:
