@@ -306,6 +306,8 @@ def _with_options(recipe: Recipe, tail: str, text: str) -> Recipe:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"unknown option {name!r} in recipe {text!r}.{hint} Options: {', '.join(owner)}.")
         part, kind = owner[name]
+        if name in given[part]:
+            raise RecipeError(f"option {name!r} stands twice in recipe {text!r}")
         try:
             given[part][name] = kind(value)
         except ValueError:
@@ -313,4 +315,6 @@ def _with_options(recipe: Recipe, tail: str, text: str) -> Recipe:
             raise RecipeError(f"option {name}={value!r} in recipe {text!r} must be {what}") from None
         if not equals:
             raise RecipeError(f"option {name!r} in recipe {text!r} has no value; write {name}=...")
+    if "page" in given.get("kv", {}):  # a page holds no more than can be taken back of it
+        given["kv"].setdefault("rewind", max(0, min(parts["kv"].rewind, given["kv"]["page"])))
     return replace(recipe, **{name: replace(part, **given[name]) for name, part in parts.items()})

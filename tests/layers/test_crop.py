@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from turboquant.layers.cache import CacheError, LayerCache
+from turboquant.packed.buffers import STATES
 from turboquant.recipe import parse_recipe
 
 RECIPES = (
@@ -202,3 +203,22 @@ def test_a_deep_crop_recalls_the_tracker(run, tokens):
     other.step((150,))
     before = stale.buf.tracker[0, (60 // 16 - 1) % 2]
     assert (got[:, 0] - want[:, 0]).norm() < 0.5 * (before[:, 0] - want[:, 0]).norm()
+
+
+def test_a_second_deep_crop_finds_the_tracker_of_what_is_left(run, tokens):
+    """Not that of tokens that the first one took, which were louder."""
+    found = []
+    for cuts in ((490,), (480, 10), ()):
+        seq = tokens(1, 1, 1000, 32)
+        k = seq[1].clone()
+        k[:, 560:] *= 8
+        r = run(LayerCache(kv("kv4"), None), [(seq[0], k, seq[2])])
+        r.step((510,) if not cuts else (1000,))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for n in cuts:
+                r.cache.crop(n)
+        assert r.cache.lengths == [510]
+        found.append(r.cache.buf.tracker[0, (510 // 64 - 1) % STATES, :, 1])
+    for one in found[:2]:
+        assert 0.5 < float((one / found[2]).median()) < 2

@@ -1,6 +1,7 @@
 """A saved cache goes on bit for bit; a file that cannot be used is named, and nothing is loaded from it."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -48,6 +49,28 @@ def test_continuing_is_as_if_never_interrupted(name, dtype, tiny, prompt, tmp_pa
     assert loaded.recipe == cache.recipe and loaded.get_seq_length() == 40
     assert torch.equal(go_on(model, loaded, prompt()["attention_mask"]), want)
     assert [p.name for p in tmp_path.iterdir()] == ["c"], "no temporary file is left"
+
+
+@pytest.mark.parametrize("back", [(5, 7), (10, 10), (3, 30)])
+def test_what_was_taken_back_before_and_after(back, tiny, prompt, tmp_path):
+    """Padding is taken back as padding, and what the ring still holds is known, from a file as from memory."""
+    model, found = tiny("llama-gqa"), []
+    for load in (False, True):
+        cache = TurboQuantCache(model, RECIPE)
+        given = prompt((70, 45), left=False)
+        with torch.no_grad():
+            model(**given, past_key_values=cache)
+        cache.crop(-back[0])
+        if load:
+            cache.save(tmp_path / "c")
+            cache = TurboQuantCache.load(tmp_path / "c", model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cache.crop(-back[1])
+        n = 70 - sum(back)
+        assert cache.get_seq_length() == n and cache.ours[0].cache.lengths == [n, min(n, 45)]
+        found.append(go_on(model, cache, given["attention_mask"][:, :n]))
+    assert torch.equal(*found)
 
 
 def test_beams_share_pages_in_the_file_too(tiny, prompt, tmp_path):

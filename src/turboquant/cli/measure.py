@@ -58,6 +58,8 @@ def evaluate(
 
     texts: Any = text or bundled()
     found: list[dict[str, Any]] = []
+    if needle:
+        longcontext.check_ctx(tokenizer, ctx)
     file = None if json == "-" else json
     with progress(quiet) as show:
         rows = fidelity(

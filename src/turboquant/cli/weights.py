@@ -61,6 +61,11 @@ def quantize(
     shown = (rows, report.LAYERS) if layers else (quantizing.by_kind(rows), report.KINDS)
     console.print(report.table("Weights", *shown))
     console.print(report.table("In all (bytes)", [summary], report.SUMMARY))
+    if feedback is None and any(r["recipe"].startswith("w4") for r in rows):
+        console.print(
+            "4-bit weights lose least with --feedback self (minutes, no data needed: docs/linear.md), w8a8kv4 next to "
+            "nothing", style="yellow", markup=False,
+        )  # fmt: skip
     console.print(f"turboquant generate {out} PROMPT, or turboquant serve {out}", style="dim", markup=False)
     put_json(json, {"summary": summary, "weights": rows})
 

@@ -7,6 +7,7 @@ changed hidden states are kept, never logits.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +80,7 @@ def _has_kv(s: Scheme) -> bool:
 def fidelity(
     model: Any,
     tokenizer: Any,
-    recipes: Sequence[str | Recipe],
+    recipes: str | Recipe | Sequence[str | Recipe],
     texts: str | Path | Sequence[str | Path],
     ctx: int = 2048,
     tokens: int = 24_576,
@@ -125,7 +126,7 @@ def fidelity(
     Raises:
         EvaluateError, RecipeError: before any work: unknown recipe, a text shorter than ctx, too little text.
     """
-    plan = [scheme(r) for r in recipes]
+    plan = [scheme(r) for r in ([recipes] if isinstance(recipes, str | Recipe) else recipes)]
     if not plan:
         raise EvaluateError("recipes is empty; name at least one, for example 'kv4'")
     if stride < 1 or (batch is not None and batch < 1) or (chunk is not None and chunk < 1):
@@ -136,6 +137,12 @@ def fidelity(
     for s in plan:
         if isinstance(s, Recipe) and s.kv is not None:
             _cache(model, s)  # refuses head_dim and layer types it cannot serve
+            if ctx <= (newest := max(s.kv.ring, s.kv.page)):
+                warnings.warn(
+                    f"ctx={ctx}: {s.name} reads nothing packed in windows so short, for its newest {newest} tokens are "
+                    "as they were",
+                    stacklevel=1,
+                )
     contents = read_texts(texts)
     ids = windows(tokenizer, contents, ctx, tokens).to(model.device)
     batch = batch or max(1, BATCH_TOKENS.get(model.device.type, 8192) // ctx)

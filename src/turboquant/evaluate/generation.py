@@ -52,7 +52,7 @@ def generate(
 
     Returns:
         {"recipe", "text", "prompt_tokens", "new_tokens", "prompt_seconds", "tokens_per_second", "cache_bytes",
-        "ring_bytes", "pages_bytes", "sixteen_bit_bytes", "kernel"}.
+        "ring_bytes", "state_bytes", "pages_bytes", "dtype", "sixteen_bit_bytes", "kernel"}.
 
     Raises:
         EvaluateError, RecipeError: before any work.
@@ -95,7 +95,7 @@ def _generate(
         kernels = {row["kernel"] for row in explain(cache.ours[0].cache.layout, model.device, model.dtype)}
     else:
         held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers if getattr(x, "keys", None) is not None)
-        size, kernels = {"total": held, "pages": 0, "ring": held}, set()
+        size, kernels = {"total": held, "pages": 0, "ring": held, "state": 0}, set()
         sixteen = held * 2 // model.dtype.itemsize
     kernels |= {k for k in (linear_kernels(model, model.device),) if k}
     return {
@@ -108,6 +108,8 @@ def _generate(
         "cache_bytes": size["total"],
         "pages_bytes": size["pages"],
         "ring_bytes": size["ring"],
+        "state_bytes": size["state"],
+        "dtype": str(model.dtype).removeprefix("torch."),
         "sixteen_bit_bytes": sixteen,
         "kernel": ", ".join(sorted(kernels)),
     }

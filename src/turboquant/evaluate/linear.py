@@ -101,6 +101,9 @@ def linear_scheme(model: Any, s: Any, moments: Any = None) -> Iterator[None]:
     if wanted is None or stored is not None:
         yield  # the model as it is
     elif isinstance(s, Recipe) and s.linear is not None:
+        from turboquant.integrations.transformers.quantizer import check_ends
+
+        check_ends(model, Plan(s), model.get_output_embeddings())
         with quantized(model, Plan(s), model.get_output_embeddings(), moments):
             yield
     else:

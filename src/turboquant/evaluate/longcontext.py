@@ -61,6 +61,7 @@ def needle(
     plan = [BASE, *(s for s in plan if s != BASE)]
     if n < 1 or not depths or not all(0 <= d <= 1 for d in depths):
         raise EvaluateError(f"n={n}, depths={list(depths)} is not allowed: n at least 1 and depths from 0 to 1")
+    check_ctx(tokenizer, ctx)
     contents = read_texts(bundled() if texts is None else texts)
     ids = [t for _, text in contents for t in encode(tokenizer, text[: 12 * ctx * 4])]
     if len(ids) < ctx:
@@ -84,6 +85,17 @@ def needle(
     return rows
 
 
+def check_ctx(tokenizer: Any, ctx: int) -> None:
+    """Raises:
+    EvaluateError: the question does not fit.
+    """
+    longest = max(len(_prompt(tokenizer, NEEDLE.format(city=c, number=99999), QUESTION.format(city=c))) for c in CITIES)
+    if ctx < longest + ANSWER_TOKENS + 16:
+        raise EvaluateError(
+            f"ctx={ctx} is too short for the question: at least {longest + ANSWER_TOKENS + 16} are needed"
+        )
+
+
 def _number(answer: str) -> str:
     """The first whole number in an answer; "" if there is none."""
     match = re.search(r"\d+", answer.replace(",", ""))
@@ -95,8 +107,6 @@ def _task(tokenizer: Any, ids: list[int], ctx: int, depth: float, draw: random.R
     city, number = draw.choice(CITIES), str(draw.randint(10000, 99999))
     sentence, question = NEEDLE.format(city=city, number=number), QUESTION.format(city=city)
     room = ctx - ANSWER_TOKENS - len(_prompt(tokenizer, sentence, question))
-    if room < 16:
-        raise EvaluateError(f"ctx={ctx} is too short for the question: at least {ctx - room + 16} are needed")
     start = draw.randint(0, len(ids) - room - 1)
     while True:
         hay = tokenizer.decode(ids[start : start + room])

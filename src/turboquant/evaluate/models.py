@@ -93,6 +93,8 @@ def _source(name: str | Path) -> tuple[str, dict[str, str]]:
             hint = f"; it holds {files[0]}: name that file" if files else ""
             raise EvaluateError(f"model {text!r}: the folder has no config.json{hint}")
         return str(path), {}
+    if path.is_file():
+        raise EvaluateError(f"model {text!r} is a file: a model is a folder, a .gguf file or a hub name")
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
         raise EvaluateError(f"model {text!r}: no such folder or file")
     return text, {}

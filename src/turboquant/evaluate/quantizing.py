@@ -58,6 +58,10 @@ def quantize(
         raise EvaluateError(f"{out} exists and is not an empty folder")
     if not out.parent.is_dir():
         raise EvaluateError(f"{out} cannot be written: there is no folder {out.parent}")
+    try:
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".").cleanup()
+    except OSError as e:
+        raise EvaluateError(f"{out} cannot be written: {e.strerror}") from e
     model, tokenizer = load(name, dtype, device)
     if any(isinstance(m, Quantized) for m in model.modules()):
         raise EvaluateError(f"{name} is quantized already: name the model that it was made from")

@@ -247,11 +247,11 @@ def inspection_files(tracking: Any, model: str, png: str | Path | None, html: st
 def generation_line(row: dict[str, Any]) -> str:
     """One line about a generation."""
     speed = f"{row['tokens_per_second']:.1f} tokens/s" if row["tokens_per_second"] else "–"
-    size = {k: f"{row[k + '_bytes'] / 2**20:.2f}" for k in ("cache", "pages", "ring", "sixteen_bit")}
+    size = {k: f"{row[k + '_bytes'] / 2**20:.2f}" for k in ("cache", "pages", "ring", "state", "sixteen_bit")}
     cache = f"cache {size['cache']} MiB, as it is without a recipe: {row['recipe']} leaves it alone"
     if row["pages_bytes"] or row["cache_bytes"] != row["ring_bytes"]:
-        cache = f"cache {size['cache']} MiB allocated ({size['pages']} packed, {size['ring']} ring), "
-        cache += f"a 16-bit cache {size['sixteen_bit']} MiB"
+        cache = f"cache {size['cache']} MiB allocated ({size['pages']} packed, {size['ring']} ring in {row['dtype']}, "
+        cache += f"which long texts do not add to, {size['state']} trackers), a 16-bit cache {size['sixteen_bit']} MiB"
     return (
         f"{row['recipe']}: {row['prompt_tokens']} tokens read in {row['prompt_seconds']:.2f} s, {row['new_tokens']} "
         f"written at {speed}; {cache}; kernel {row['kernel']}"

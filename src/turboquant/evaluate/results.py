@@ -36,7 +36,7 @@ def check_output(path: "str | Path | None") -> None:
     """Refuse early what `write` could not write.
 
     Raises:
-        EvaluateError: the folder does not exist, or the path is a folder.
+        EvaluateError: the folder does not exist or cannot be written, or the path is a folder.
     """
     if path is None or str(path) == "-":
         return
@@ -45,6 +45,11 @@ def check_output(path: "str | Path | None") -> None:
         raise EvaluateError(f"{path} cannot be written: it is a folder, give a file name")
     if not path.parent.is_dir():
         raise EvaluateError(f"{path} cannot be written: there is no folder {path.parent}")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp"):
+            pass
+    except OSError as e:
+        raise EvaluateError(f"{path} cannot be written: {e.strerror}") from e
 
 
 def finite(x: Any) -> Any:
@@ -79,10 +84,12 @@ class Rows:
         if self.path.exists():
             try:
                 old = json.loads(self.path.read_text(encoding="utf-8"))
+                if not all("ppl_base" in row for row in old):
+                    raise ValueError("rows of something else")
                 self.rows = {row["recipe"]: row for row in old if settings.items() <= row.items()}
                 self.others = [row for row in old if not settings.items() <= row.items()]
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-                raise EvaluateError(f"{self.path} exists and is no list of rows: move it away first") from e
+                raise EvaluateError(f"{self.path} exists and is no list of rows of eval: move it away first") from e
 
     def __contains__(self, recipe: str) -> bool:
         return recipe in self.rows

@@ -245,7 +245,7 @@ class LayerCache:
         if self.capacity is not None:  # every sequence has pages of its own
             own = self.capacity // self.kv.page
             self.buf.pages = self.buf.pages.unflatten(0, self.buf.table.shape).index_select(0, index).flatten(0, 1)
-            self.buf.table = torch.arange(len(rows) * own, dtype=torch.int32, device=index.device).view(-1, own)
+            self.buf.table = torch.arange(len(rows) * own, dtype=torch.int32, device=index.device).view(len(rows), own)
             return
         self._held = [list(self._held[r]) for r in rows]
         self._collect()

@@ -34,11 +34,15 @@ def check_overrides(argument: str, overrides: Mapping[str, str], part: str, word
             raise RecipeError(f"{argument}: {pattern!r} is no regular expression ({e})") from e
         if recipe != "none" and getattr(parse_recipe(recipe), part) is None:
             raise RecipeError(f"{argument}: {recipe!r} for {pattern!r} has no {words}")
+        if recipe != "none" and getattr(parse_recipe(recipe), "kv" if part == "linear" else "linear") is not None:
+            raise RecipeError(
+                f"{argument}: {recipe!r} for {pattern!r} has more than {words}, which is all that counts there"
+            )
 
 
-def _is(name: str, skip: str) -> bool:
-    """Whether a module's name is this one, or ends in it."""
-    return name == skip or name.endswith("." + skip)
+def _within(name: str, skip: str) -> bool:
+    """Whether a module's name is this one or ends in it, or whether it is a part of a module of which this holds."""
+    return f".{skip}." in f".{name}."
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Plan:
 
     Attributes:
         recipe: of every linear layer and stack of experts.
-        skip: names of modules that stay as they are: a whole name, or its last parts.
+        skip: names of modules that stay as they are, with all that is in them: a whole name, or its last parts.
         overrides: pattern -> recipe; the first pattern that `re.search` finds in a module's name decides, "none" skips.
     """
 
@@ -60,7 +64,7 @@ class Plan:
 
     def skips(self, name: str) -> bool:
         """Whether a module is among those named to stay as they are."""
-        return any(_is(name, s) for s in self.skip)
+        return any(_within(name, s) for s in self.skip)
 
     def of(self, name: str) -> Recipe | None:
         """The linear recipe of a module, None if it stays as it is."""
@@ -86,9 +90,11 @@ def check_names(model: nn.Module, plan: Plan, asked: Sequence[str] = (), head: n
     names, inputs = [n for n, _ in model.named_modules()], _inputs(model)
     if plan.recipe.weights and plan.recipe.weights.embed and not isinstance(inputs, nn.Embedding | QuantEmbedding):
         raise RecipeError(f"{plan.recipe.name!r}: this model has no input embeddings for embed=8")
+    if plan.recipe.weights and plan.recipe.weights.head and head is None:
+        raise RecipeError(f"{plan.recipe.name!r}: this model has no output embeddings for head=8")
     ends: dict[nn.Module | None, str] = {inputs: "embed", head: "head"}
     for skip in asked:
-        if not any(_is(n, skip) for n in names):
+        if not any(_within(n, skip) for n in names):
             raise RecipeError(f"{skip!r}, to be left as it is, names no module of this model{_such_as(model, skip)}")
     for pattern, recipe in plan.overrides.items():
         if not any(re.search(pattern, n) for n in names):
@@ -243,6 +249,7 @@ def shell(
     experts = QuantExperts(
         shapes, gate, biases, recipe, device or stacks[0].device, stacks[0].dtype, like  # type: ignore[arg-type]
     )  # fmt: skip
+    experts.turned = turn
     return experts.eval()
 
 

@@ -64,7 +64,12 @@ class QuantExperts(nn.Module):
         shapes: name -> (E, N, K) of the two products, the first one's name ending in "up_proj".
         gate: what happens between them, (tokens, N of the first) -> (tokens, K of the second).
         biases: name of a product -> (E, N) bias.
+
+    Attributes:
+        turned: the stacks of the module that stood here are (E, K, N), and so are floats of these that are saved.
     """
+
+    turned = False
 
     def __init__(
         self, shapes: dict[str, tuple[int, ...]], gate: Callable[[Tensor], Tensor], biases: dict[str, nn.Parameter],
@@ -106,6 +111,8 @@ class QuantExperts(nn.Module):
         out = QuantExperts(shapes, self.gate, biases, Recipe(), next(iter(stacks.values())).device, dtype)
         for n, w in stacks.items():
             getattr(out, n).data = w
+        if self.turned:
+            out.register_state_dict_post_hook(_turn)
         return out.eval()
 
     def _bias(self, slot: Slot, expert: int) -> Tensor | None:
@@ -117,6 +124,12 @@ class QuantExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, recipe={self.recipe.name}"
+
+
+def _turn(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Stacks as the module that was quantized has them."""
+    for name in module.slots:  # type: ignore[union-attr]
+        state[prefix + name] = state[prefix + name].mT.contiguous()
 
 
 def _apply(module: Any, fn: Callable[..., Any], recurse: bool) -> Any:

@@ -58,8 +58,9 @@ def _recall_statistics(buf: CacheBuffers, layout: PageLayout, row: int, old: int
     size, opened = layout.kv.page, new // layout.kv.page
     if opened >= pages:  # the open page was never complete: its samples are still there
         return
-    if opened and old // size - opened >= STATES:
-        buf.tracker[row, (opened - 1) % STATES] = _page_statistics(buf, layout, row, opened - 1)
+    for page in range(max(0, opened - STATES), opened):  # all that a further crop takes to be there
+        if page < old // size - STATES:
+            buf.tracker[row, page % STATES] = _page_statistics(buf, layout, row, page)
     power = _page_statistics(buf, layout, row, opened)[:, 2]
     if opened:  # as strong as the tracker's readers
         power = power * buf.tracker[row, (opened - 1) % STATES, :, 2].mean(-1, keepdim=True)

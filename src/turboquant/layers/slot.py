@@ -4,6 +4,8 @@ A linear layer has one slot, "weight"; a stack of experts has one for each of it
 quantized activations is stored rotated. Buffers move, save and load with the module; dtypes never change.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ class Slot:
         self, module: nn.Module, name: str, shape: tuple[int, ...], recipe: Recipe, device: Any = None,
         shared: Shared | None = None, like: torch.dtype | None = None,
     ) -> None:  # fmt: skip
+        module.register_load_state_dict_post_hook(_forget)
         self.module, self.name, self.shape, self.recipe = module, name, tuple(shape), recipe
         self.shared = shared
         a = recipe.activations
@@ -142,9 +145,13 @@ class Slot:
         Returns:
             whether it did: the channels had drifted.
         """
-        m, a = self.module, self.recipe.activations
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False  # what is captured replays with the channels that are hot between the replays
+        with outside_inference():
+            return self._follow(x)
+
+    def _follow(self, x: Tensor) -> bool:
+        m, a = self.module, self.recipe.activations
         if self.tracker is None:
             assert a is not None
             state = {key: getattr(m, f"{self.name}_x_{key}") for key in TRACKER}
@@ -176,7 +183,8 @@ class Slot:
         Raises:
             RuntimeError: gradients are asked for in a compiled model.
         """
-        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+        learns = isinstance(x, Tensor) and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if learns and torch.is_grad_enabled():
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     "compiled quantized layers compute no gradients: call the model under torch.no_grad()"
@@ -187,7 +195,8 @@ class Slot:
     def state(self, expert: int | None = None) -> LinearState:
         """What is kept beside the weight, or beside one expert's, to run it."""
         if self.tracked and self._hot is None:
-            self._take_columns()
+            with outside_inference():
+                self._take_columns()
         if expert not in self.states:
             hot = self._hot
             if hot is not None and expert is not None and hot.weight is not None:
@@ -233,6 +242,19 @@ class Slot:
         return two if two >= sum(t.nbytes for t in saved[:1]) else one
 
 
+@contextmanager
+def outside_inference() -> Iterator[None]:
+    """For tensors that are kept: torch writes to those made in inference mode only there."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _forget(module: Any, _: Any) -> None:
+    """Behind load_state_dict."""
+    for slot in module.slots.values():
+        slot.forget()
+
+
 class _StraightThrough(torch.autograd.Function):
     """Gradients on every backend alike: those of a float layer with the weight as it decodes, rounding of the input
     being taken for the identity. The packed weight gets none."""
@@ -246,7 +268,7 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         g, (for_x, for_bias, *_) = grads[0], ctx.needs_input_grad
         back = (g.float() @ ctx.slot.dequantized(ctx.expert)).to(g.dtype) if for_x else None
-        return back, g.flatten(0, -2).sum(0) if for_bias else None, None, None
+        return back, g.reshape(-1, g.shape[-1]).sum(0) if for_bias else None, None, None
 
 
 def _tensors(x: Any) -> list[Tensor]:

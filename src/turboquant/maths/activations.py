@@ -161,7 +161,7 @@ class HotTracker:
         """Follow the tokens x (..., K); True if the hot set was chosen anew. Frozen trackers stay as they are."""
         if self.count == 0 or x.numel() == 0 or (self.freeze and self.seen >= self.freeze):
             return False
-        x = x.detach().float().flatten(0, -2)
+        x = x.detach().float().reshape(-1, x.shape[-1])
         if self.freeze:
             x = x[: self.freeze - self.seen]
         n = len(x)

@@ -113,7 +113,7 @@ def encode_weight(
         moment: (K, K) fp32 second moments of the input in the basis of K, for error feedback; w must be (N, K) then.
 
     Raises:
-        ValueError: a weight that is not finite, or a group, stage or shape that does not fit.
+        ValueError: a weight that is not finite or has scales beyond fp16, or a group, stage or shape that does not fit.
     """
     k = w.shape[-1]
     if stages not in (1, 2) or group < 1 or k % group:
@@ -130,6 +130,8 @@ def encode_weight(
         codes, scale, zero = (torch.cat(x) for x in zip(*parts, strict=True))
         codes, shape = codes.view(w.shape), (*w.shape[:-1], k // group)
         scale, zero = scale.view(shape), zero.view(shape)
+    if not scale.isfinite().all():
+        raise ValueError("a weight whose scales are beyond fp16 cannot be quantized")
     return WeightCodes(torch.stack((codes // 16, codes % 16)[2 - stages :], -3), scale, zero)
 
 

@@ -85,7 +85,7 @@ def attention_forward(
     n = query.shape[2]
     mask, valid = None, None
     if attention_mask is not None:
-        if attention_mask.shape[-2:] != (n, n):
+        if attention_mask.shape[-2:] != (n, n) or attention_mask.shape[1] != 1:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} is not supported with a TurboQuantCache: "
                 "pass a 2-D padding mask"
@@ -95,6 +95,8 @@ def attention_forward(
             _assert_causal(mask, key.cache.window)
             mask = None
         else:
+            if attention_mask.dtype != torch.bool and ((attention_mask != 0) & (attention_mask > -1e3)).any():
+                raise ValueError("attention_mask of numbers that only weaken a logit is not supported: mask or do not")
             valid = mask[:, 0].diagonal(dim1=1, dim2=2).expand(query.shape[0], n)
             if valid.all():
                 valid = None
@@ -112,7 +114,21 @@ def attention_forward(
             row_exact=key.row_exact,
         )
     key.done = True
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        out = _NoGradient.apply(out, query, key.key, key.value)
     return out.transpose(1, 2).contiguous(), None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Outputs that are read from a cache, of which nothing is learned: asking for gradients is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("a TurboQuantCache gives no gradients: call the model with use_cache=False to have them")
 
 
 def _assert_causal(mask: Tensor, window: int | None) -> None:

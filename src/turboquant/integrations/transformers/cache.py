@@ -4,6 +4,7 @@ cache = TurboQuantCache(model, "kv4")
 model.generate(**inputs, past_key_values=cache)
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.cache_utils import (
 from turboquant.integrations.transformers import storage
 from turboquant.integrations.transformers.attention import NAME, Pending
 from turboquant.layers.cache import CacheError, LayerCache
+from turboquant.layers.convert import Quantized
 from turboquant.packed.page import PageLayout
 from turboquant.recipe import Recipe, RecipeError, parse_recipe
 
@@ -38,6 +40,13 @@ class TurboQuantLayer(CacheLayerMixin):
         self.cache, self.configs, self.row_exact = cache, configs, False
         self.is_sliding = cache.window is not None
         self.is_initialized = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TurboQuantLayer":
+        """Of the same model: the copy of a prefix is continued by it."""
+        memo |= {id(c): c for c in self.configs}
+        out = memo[id(self)] = object.__new__(type(self))
+        out.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return out
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the first step allocates."""
@@ -103,7 +112,8 @@ class TurboQuantCache(Cache):
             CUDA graphs needs (see `LayerCache`); None to grow as tokens come.
 
     Raises:
-        RecipeError: an unknown recipe, or a head_dim or layer type that cannot be served.
+        RecipeError: an unknown recipe; one of linear layers too, by name, where the model's are not quantized; a
+            head_dim or layer type that cannot be served.
 
     Attributes:
         row_exact: set True to make every row of a prefill read what a decode step would read, as fidelity
@@ -111,12 +121,25 @@ class TurboQuantCache(Cache):
     """
 
     def __init__(self, model: Any, recipe: str | Recipe = "kv4", max_tokens: int | None = None) -> None:
+        if not hasattr(model, "config"):
+            raise RecipeError(f"model={model!r} is not allowed: a model of transformers that is loaded is needed")
         self.recipe = parse_recipe(recipe)
+        layers_too = isinstance(recipe, str) and self.recipe.linear is not None
+        if layers_too and not any(isinstance(m, Quantized) for m in model.modules()):
+            raise RecipeError(
+                f"recipe {recipe!r} is of linear layers too, which a cache leaves alone: name the cache's part, or "
+                f"load the model with TurboQuantConfig({recipe!r})"
+            )
         if max_tokens is not None and max_tokens < 1:
             raise RecipeError(f"max_tokens={max_tokens} is not allowed: it must be at least 1, or None")
         if self.recipe.kv is None:
             raise RecipeError(f"recipe {self.recipe.name!r} leaves the cache alone: name one with kv bits")
         config = model.config.get_text_config(decoder=True)
+        if config.is_encoder_decoder or not _takes_attention(model):
+            raise RecipeError(
+                f"{type(model).__name__} computes attention in its own way, or across an encoder: the cache serves "
+                "decoders that transformers can give another attention (set_attn_implementation)"
+            )
         types, options = get_layer_types_and_kwargs(config)
         if isinstance(options, dict):  # transformers before 5.18: one set of options for all layers
             options = [options] * len(types)
@@ -163,7 +186,13 @@ class TurboQuantCache(Cache):
         """
         for layer in self.ours:
             layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        order: list[Any] = self.layers  # type: ignore[has-type]
+        ours = self.ours
+        self.layers = [*(layer for layer in order if layer not in ours), *ours]  # others may refuse, and come first
+        try:
+            super().crop(tokens_to_remove)
+        finally:
+            self.layers = order
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more in every sequence and layer, for steps that a CUDA graph replayed; see `LayerCache`.
@@ -204,6 +233,13 @@ class TurboQuantCache(Cache):
                 loaded then.
         """
         return storage.load(cls, Path(path), model)
+
+
+def _takes_attention(model: Any) -> bool:
+    try:
+        return bool(model._can_set_attn_implementation())
+    except (AttributeError, KeyError, OSError):  # a class without a source to look into
+        return True
 
 
 def _head_dim(model: Any, config: Any, layer: int) -> int:

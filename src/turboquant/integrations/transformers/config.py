@@ -30,35 +30,44 @@ def attach(model: Any, recipe: str | Recipe = "kv4") -> RemovableHandle:
         a handle; `handle.remove()` undoes it (the attention implementation stays "turboquant", which then computes
         ordinary attention).
     """
-    recipe = parse_recipe(recipe)
+    if any(isinstance(hook, _Swap) for hook in model._forward_pre_hooks.values()):
+        raise RecipeError(f"attach {recipe!r}: this model has a cache attached already; remove() its handle first")
     TurboQuantCache(model, recipe)  # refuses now, not at the first call, what it cannot serve
-
-    config = model.config.get_text_config(decoder=True)
     position = list(inspect.signature(model.forward).parameters).index("past_key_values")
+    swap = _Swap(parse_recipe(recipe), model.config.get_text_config(decoder=True), position)
+    return model.register_forward_pre_hook(swap, with_kwargs=True)
 
-    replaced: list[Any] = [
-        None
-    ]  # weakly, the empty cache last replaced: whoever goes on with it would lose its history
 
-    def swap(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+class _Swap:
+    """The hook of `attach`.
+
+    Args:
+        position: of past_key_values among the arguments.
+    """
+
+    def __init__(self, recipe: Recipe, config: Any, position: int) -> None:
+        self.recipe, self.config, self.position = recipe, config, position
+        self.replaced: Any = None  # weakly, the empty cache last replaced: who went on with it would lose its history
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"replaced": None}
+
+    def __call__(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        position, recipe = self.position, self.recipe
         positional = len(args) > position
         given = args[position] if positional else kwargs.get("past_key_values")
         use = kwargs.get("use_cache")
         cache = given
         if given is None:
-            if (getattr(config, "use_cache", True) if use is None else use) and not module.training:
+            if (getattr(self.config, "use_cache", True) if use is None else use) and not module.training:
                 cache = TurboQuantCache(module, recipe)
-        elif (
-            type(given) is DynamicCache
-            and given.get_seq_length() == 0
-            and not getattr(given, "_is_user_defined", False)
-        ):
-            if replaced[0] is not None and replaced[0]() is given:
+        elif _fresh(given):
+            if self.replaced is not None and self.replaced() is given:
                 raise CacheError(
                     f"the {recipe.name!r} cache took this DynamicCache's place, which stays empty: go on with "
                     "outputs.past_key_values"
                 )
-            replaced[0] = weakref.ref(given)
+            self.replaced = weakref.ref(given)
             cache = TurboQuantCache(module, recipe)
         elif not isinstance(given, TurboQuantCache):
             warnings.warn(
@@ -72,7 +81,12 @@ def attach(model: Any, recipe: str | Recipe = "kv4") -> RemovableHandle:
             kwargs["past_key_values"] = cache
         return args, kwargs
 
-    return model.register_forward_pre_hook(swap, with_kwargs=True)
+
+def _fresh(cache: Any) -> bool:
+    """Whether a cache is what `generate` makes where it is not told which."""
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return False
+    return cache.get_seq_length() == 0 and not getattr(cache, "_is_user_defined", False)
 
 
 @register_quantization_config(NAME)

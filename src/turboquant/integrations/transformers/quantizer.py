@@ -75,7 +75,7 @@ class TurboQuantizer(HfQuantizer):
         fresh = not self.pre_quantized
         if fresh:
             check_names(model, plan, self.quantization_config.modules_to_not_convert, head)
-            _check_ends(model, plan, head)
+            check_ends(model, plan, head)
             if self.quantization_config.feedback:
                 list(targets(model, plan, head))  # refuses now what it cannot pack
                 return model  # as it is, for it has to run first: see _process_model_after_weight_loading
@@ -166,6 +166,10 @@ class TurboQuantizer(HfQuantizer):
         self.attached = _quantize_loaded(model, config, moments, show)[1]
         return model
 
+    def dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """In the dtype that the model has now, which need not be the one that it was loaded in."""
+        return super().dequantize(model, model.dtype if dtype is None else dtype)
+
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         # a saved model's configuration holds its dtype as a word
         dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -204,8 +208,13 @@ def quantize(
         RecipeError: before anything is changed.
     """
     config = config if isinstance(config, TurboQuantConfig) else TurboQuantConfig(config)
+    if any(isinstance(m, Quantized) for m in model.modules()):
+        raise RecipeError(
+            f"recipe {config.recipe!r}: this model is quantized already, and is not quantized again: load the "
+            "float model, or call dequantize() first"
+        )
     check_names(model, config.plan(), config.modules_to_not_convert, _head(model))
-    _check_ends(model, config.plan(), _head(model))
+    check_ends(model, config.plan(), _head(model))
     list(targets(model, config.plan(), _head(model)))  # refuses now what it cannot pack
     if callable(moments):
         moments = moments()
@@ -266,7 +275,7 @@ def _is_end(module: Any, head: Any) -> bool:
     return module is head or isinstance(module, torch.nn.Embedding)
 
 
-def _check_ends(model: Any, plan: Plan, head: Any) -> None:
+def check_ends(model: Any, plan: Plan, head: Any) -> None:
     """Raises:
     RecipeError: embed=8 would leave a 16-bit copy of the same weight as output embeddings, or as other input ones.
     """
