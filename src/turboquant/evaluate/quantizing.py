@@ -54,11 +54,11 @@ def quantize(
         raise EvaluateError(f"recipe {recipe!r} leaves the weights alone: name one with w4 or w8, nothing needs saving")
     check_source(feedback)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise EvaluateError(f"{out} exists and is not an empty folder")
-    if not out.parent.is_dir():
-        raise EvaluateError(f"{out} cannot be written: there is no folder {out.parent}")
     try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise EvaluateError(f"{out} exists and is not an empty folder")
+        if not out.parent.is_dir():
+            raise EvaluateError(f"{out} cannot be written: there is no folder {out.parent}")
         tempfile.TemporaryDirectory(dir=out.parent, prefix=out.name + ".").cleanup()
     except OSError as e:
         raise EvaluateError(f"{out} cannot be written: {e.strerror}") from e

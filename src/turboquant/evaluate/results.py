@@ -41,11 +41,11 @@ def check_output(path: "str | Path | None") -> None:
     if path is None or str(path) == "-":
         return
     path = Path(path)
-    if path.is_dir():
-        raise EvaluateError(f"{path} cannot be written: it is a folder, give a file name")
-    if not path.parent.is_dir():
-        raise EvaluateError(f"{path} cannot be written: there is no folder {path.parent}")
     try:
+        if path.is_dir():
+            raise EvaluateError(f"{path} cannot be written: it is a folder, give a file name")
+        if not path.parent.is_dir():
+            raise EvaluateError(f"{path} cannot be written: there is no folder {path.parent}")
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp"):
             pass
     except OSError as e:
