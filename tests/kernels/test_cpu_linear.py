@@ -64,6 +64,14 @@ def test_bits_of_the_contract(isa, bits, group, monkeypatch, poisoned):
         assert torch.equal(got, expected(w, rows, bias, dtype)), (n, k, m, dtype)
 
 
+def test_rows_that_lie_apart():
+    """Turned, every second one, every second number: as their copy."""
+    w = operands(40, 128, 4, 128, 1)[0]
+    packed, wide = product.Packed((w, None)), torch.randn(256, 256)
+    for x in (wide[:128, :6].T, wide[::2, :128][:5], wide[:3, ::2], wide[:1, :128].expand(4, 128)):
+        assert torch.equal(*(product.multiply(packed, y, torch.float32)[0] for y in (x, x.clone().contiguous())))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_extremes_do_not_overflow(bits):
     """Largest codes against largest rows, one group over a wide row; every instruction set."""

@@ -84,6 +84,17 @@ def test_error_feedback_lowers_the_output_error(stages):
     assert torch.equal(same.codes, plain.codes), "against the identity nothing is pushed"
 
 
+def test_feedback_takes_the_range_for_inputs_that_are_loud():
+    """A weight that little meets does not set the step of its group."""
+    w = torch.randn(64, 32)
+    w[:, 5] *= 40
+    loud = torch.ones(32)
+    loud[5] = 1e-6
+    fed, plain = encode_weight(w, 32, 1, moment=torch.diag(loud)), encode_weight(w, 32, 1)
+    error = [(((decode_weight(c) - w).square()) * loud).sum().sqrt() for c in (fed, plain)]
+    assert error[0] < 0.85 * error[1]
+
+
 def test_zero_and_one_sided_groups():
     w = torch.zeros(3, 32)
     w[1] = torch.rand(32) + 1
