@@ -66,6 +66,7 @@ def test_core_loads_no_engine_and_asks_nothing_of_cuda(module):
     run_fresh(f"""
         import importlib, pkgutil, sys
         import torch
+        import torch._dynamo  # torch.compiler.disable loads it, and with it Triton where torch brings one
 
         def refuse(*args, **kwargs):
             raise AssertionError("CUDA was asked at import")
