@@ -42,6 +42,16 @@ def test_schemes_that_cannot_generate(refused):
     assert "'kivi-g32' is a scheme that eval compares with, and cannot generate" in refused(
         "generate", "m", "Hello.", "-r", "kivi-g32"
     )
+    said = refused("generate", "m", "Hello.", "-r", "kv9")
+    assert "unknown recipe 'kv9'" in said and "To compare with" not in said
+
+
+def test_the_papers_codec_generates(tiny_folder):
+    """By the name that eval has for it without pages too."""
+    done = CliRunner().invoke(
+        app, ["generate", str(tiny_folder), "Hello there.", "-r", "plain4", "--max-new-tokens", "2", "--device", "cpu"]
+    )
+    assert done.exit_code == 0 and "plain4: " in done.output
 
 
 def test_a_question_that_does_not_fit(tiny_folder, monkeypatch, tmp_path):

@@ -57,3 +57,38 @@ def same():
             assert torch.equal(x, b[name]), f"{name} differs"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def make():
+    """(recipe, n, k, bias) -> (a QuantLinear of random numbers, its float weight)."""
+    import torch
+
+    from turboquant.layers.linear import QuantLinear
+    from turboquant.recipe import parse_recipe
+
+    def random(recipe, n=48, k=96, bias=True):
+        layer = QuantLinear(k, n, bias, parse_recipe(recipe))
+        w = torch.randn(n, k)
+        if layer.recipe.weights is None:
+            layer.weight.data = w
+        layer.slot.load(w)
+        if layer.slot.tracked:
+            layer.slot.start()
+        if bias:
+            layer.bias.data = torch.randn(n)
+        return layer.eval(), w
+
+    return random
+
+
+@pytest.fixture(scope="session")
+def seeded(make):
+    """(recipe, seed) -> a QuantLinear, the same one for the same seed."""
+    import torch
+
+    def layer(recipe, seed=0):
+        torch.manual_seed(seed)
+        return make(recipe)[0]
+
+    return layer

@@ -23,21 +23,8 @@ def relative(got, want):
     return float((got - want).detach().norm() / want.detach().norm())
 
 
-def make(recipe, n=48, k=96, bias=True):
-    layer = QuantLinear(k, n, bias, parse_recipe(recipe))
-    w = torch.randn(n, k)
-    if layer.recipe.weights is None:
-        layer.weight.data = w
-    layer.slot.load(w)
-    if layer.slot.tracked:
-        layer.slot.start()
-    if bias:
-        layer.bias.data = torch.randn(n)
-    return layer.eval(), w
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_output_is_near_the_float_layer_and_the_nearer_the_more_bits(recipe):
+def test_output_is_near_the_float_layer_and_the_nearer_the_more_bits(make, recipe):
     layer, w = make(recipe)
     x = torch.randn(2, 20, 96)
     x[..., 3] *= 20
@@ -48,7 +35,7 @@ def test_output_is_near_the_float_layer_and_the_nearer_the_more_bits(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_state_dict_round_trip_is_bit_identical(recipe):
+def test_state_dict_round_trip_is_bit_identical(make, recipe):
     layer, _ = make(recipe)
     x = torch.randn(40, 96)
     layer(x)
@@ -61,14 +48,14 @@ def test_state_dict_round_trip_is_bit_identical(recipe):
         assert torch.equal(t, other.state_dict()[key]), key
 
 
-def test_specs_are_the_buffers():
+def test_specs_are_the_buffers(make):
     for recipe in RECIPES:
         layer, _ = make(recipe)
         specs = layer.slot.specs("weight", (48, 96), layer.recipe)
         assert {k: (tuple(b.shape), b.dtype) for k, b in layer.named_buffers()} == specs
 
 
-def test_moves_keep_dtypes():
+def test_moves_keep_dtypes(make):
     layer, _ = make("w4a4")
     kinds = {k: b.dtype for k, b in layer.named_buffers()}
     for moved in (layer.half(), layer.bfloat16(), layer.double(), layer.to("cpu", torch.float16), layer.float()):
@@ -78,7 +65,7 @@ def test_moves_keep_dtypes():
     assert all(b.is_meta for b in meta.buffers())
 
 
-def test_a_copy_is_its_own():
+def test_a_copy_is_its_own(make):
     layer, _ = make("w4a4")
     twin = copy.deepcopy(layer)
     x = torch.randn(50, 96)
@@ -88,7 +75,7 @@ def test_a_copy_is_its_own():
     assert torch.equal(twin.weight_x_power, before) and not torch.equal(layer.weight_x_power, before)
 
 
-def test_hot_columns_follow_the_tracker():
+def test_hot_columns_follow_the_tracker(make):
     """Inputs that change their large channels: once the tracker has seen it, they cost no more than before."""
     layer, w = make("w8a4", bias=False)
     errors = []
@@ -102,7 +89,7 @@ def test_hot_columns_follow_the_tracker():
     assert max(errors) < 0.03, errors
 
 
-def test_a_frozen_tracker_makes_outputs_independent_of_what_came_before():
+def test_a_frozen_tracker_makes_outputs_independent_of_what_came_before(make):
     layer, _ = make("w4a4:freeze=32")
     layer(torch.randn(32, 96))
     x = torch.randn(5, 96)
@@ -111,7 +98,7 @@ def test_a_frozen_tracker_makes_outputs_independent_of_what_came_before():
     assert torch.equal(layer(x), want) and int(layer.weight_x_seen) == 32
 
 
-def test_hot_buffers_are_changed_in_place():
+def test_hot_buffers_are_changed_in_place(make):
     layer, _ = make("w4a4")
     layer(torch.randn(8, 96))
     where = [layer.weight_x_hot.data_ptr(), layer.weight_x_sigma.data_ptr(), layer.slot._hot.weight.data_ptr()]
@@ -291,7 +278,7 @@ def test_weights_without_error_feedback_are_named():
 
 
 @pytest.mark.parametrize("recipe", ["w4a8", "w4a4"])
-def test_native_products_stand_between_compiled_graphs(recipe):
+def test_native_products_stand_between_compiled_graphs(make, recipe):
     """The compiler does not look into them: addresses that they were given stay valid."""
     layer, _ = make(recipe)
     x = torch.randn(3, 96)
@@ -303,7 +290,7 @@ def test_native_products_stand_between_compiled_graphs(recipe):
 
 
 @pytest.mark.parametrize("recipe", ["w4a8", "w4a4", "w4"])
-def test_the_linear_of_gpus_is_one_operator_of_a_compiled_model(recipe, monkeypatch):
+def test_the_linear_of_gpus_is_one_operator_of_a_compiled_model(make, recipe, monkeypatch):
     """With a product that needs no GPU."""
     linear = importlib.import_module("turboquant.kernels.cuda.linear")
     layer, _ = make(recipe)
@@ -331,7 +318,7 @@ def test_the_linear_of_gpus_is_one_operator_of_a_compiled_model(recipe, monkeypa
 
 
 @pytest.mark.parametrize("recipe", ["w4a8", "w8", "w4a4", "a8"])
-def test_compiles_as_one_graph(recipe):
+def test_compiles_as_one_graph(make, recipe):
     """After one ordinary call, which chooses the kernel; trackers stand still then."""
     layer, _ = make(recipe)
     x = torch.randn(3, 96)
@@ -352,7 +339,7 @@ def test_compiles_as_one_graph(recipe):
     assert all(torch.equal(t, seen[key]) for key, t in layer.state_dict().items())
 
 
-def test_codes_that_a_backend_holds_in_its_own_layout_are_stowed_away(monkeypatch):
+def test_codes_that_a_backend_holds_in_its_own_layout_are_stowed_away(make, monkeypatch):
     """As on a GPU, with a weight that says it is on one: once the whole weight is prepared, never before."""
 
     class OnGPU(torch.Tensor):
@@ -387,7 +374,7 @@ def test_codes_that_a_backend_holds_in_its_own_layout_are_stowed_away(monkeypatc
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_gradients_are_those_of_the_float_layer_with_the_decoded_weight(recipe):
+def test_gradients_are_those_of_the_float_layer_with_the_decoded_weight(make, recipe):
     layer, _ = make(recipe)
     layer.bias.requires_grad_(True)
     x, g = torch.randn(2, 5, 96, requires_grad=True), torch.randn(2, 5, 48)

@@ -3,33 +3,21 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from turboquant.layers.convert import Plan, check_names, quantize_model, targets
-from turboquant.layers.linear import QuantLinear
+from turboquant.layers.fused import FusedMLP
 from turboquant.maths.activations import HotTracker
 from turboquant.maths.weights import encode_weight
 from turboquant.recipe import RecipeError, parse_recipe
 
+SIZES = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
 RECIPES = ("w4", "w8", "w4a8", "w8a8", "w4a4", "w8a4", "a8", "a4")
 
 
-def make(recipe, seed=0, n=48, k=96, bias=True):
-    torch.manual_seed(seed)
-    layer = QuantLinear(k, n, bias, parse_recipe(recipe))
-    w = torch.randn(n, k)
-    if layer.recipe.weights is None:
-        layer.weight.data = w
-    layer.slot.load(w)
-    if layer.slot.tracked:
-        layer.slot.start()
-    if bias:
-        layer.bias.data = torch.randn(n)
-    return layer.eval()
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_state_that_is_loaded_after_a_call_counts(recipe):
-    one, two, x = make(recipe, 0), make(recipe, 1), torch.randn(5, 96)
+def test_a_state_that_is_loaded_after_a_call_counts(seeded, recipe):
+    one, two, x = seeded(recipe, 0), seeded(recipe, 1), torch.randn(5, 96)
     with torch.no_grad():
         two(x), one(torch.randn(7, 96) * torch.linspace(0.1, 9, 96))
         state = {k: t.clone() for k, t in one.state_dict().items()}
@@ -39,8 +27,8 @@ def test_a_state_that_is_loaded_after_a_call_counts(recipe):
 
 
 @pytest.mark.parametrize("recipe", ["w4a4", "w8a4", "a4"])
-def test_channels_may_drift_outside_of_the_inference_mode_they_were_chosen_in(recipe):
-    one, two = make(recipe), make(recipe)
+def test_channels_may_drift_outside_of_the_inference_mode_they_were_chosen_in(seeded, recipe):
+    one, two = seeded(recipe), seeded(recipe)
     first, then = (torch.randn(64, 96) * scale for scale in (torch.linspace(0.1, 9, 96), torch.linspace(99, 0.1, 96)))
     with torch.inference_mode():
         one(first)
@@ -49,21 +37,36 @@ def test_channels_may_drift_outside_of_the_inference_mode_they_were_chosen_in(re
         for _ in range(20):
             got, want = one(then), two(then)
         assert torch.equal(got, want)
-        assert not torch.equal(one.slot._state(one.slot.tracker)["weight_x_hot"], make(recipe).weight_x_hot)
+        assert not torch.equal(one.slot._state(one.slot.tracker)["weight_x_hot"], seeded(recipe).weight_x_hot)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_biases_learn_from_inputs_that_do_not(recipe):
-    layer = make(recipe)
+def test_biases_learn_from_inputs_that_do_not(seeded, recipe):
+    layer = seeded(recipe)
     layer.bias.requires_grad_(True)
     layer(torch.randn(3, 5, 96)).sum().backward()
     assert torch.equal(layer.bias.grad, torch.full((48,), 15.0))
 
 
+def test_biases_of_an_mlp_learn_from_inputs_that_do_not():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **SIZES, mlp_bias=True), attn_implementation="eager"
+    ).eval()
+    quantize_model(model, Plan(parse_recipe("w8a8")), model.lm_head)
+    mlp = model.model.layers[0].mlp
+    assert isinstance(mlp, FusedMLP)
+    for names in (("gate_proj", "up_proj", "down_proj"), ("down_proj",)):
+        model.requires_grad_(False)
+        for name in names:
+            getattr(mlp, name).bias.requires_grad_(True).grad = None
+        mlp(torch.randn(2, 3, 48)).sum().backward()
+        assert all(getattr(mlp, name).bias.grad.abs().sum() > 0 for name in names)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_an_input_of_one_dimension(recipe):
-    layer, x = make(recipe), torch.randn(96)
-    want = make(recipe)(x[None])
+def test_an_input_of_one_dimension(seeded, recipe):
+    layer, x = seeded(recipe), torch.randn(96)
+    want = seeded(recipe)(x[None])
     assert torch.equal(layer(x), want[0])
     x.requires_grad_(True)
     layer(x).sum().backward()

@@ -30,13 +30,12 @@ def generate(
     Example: turboquant generate HuggingFaceTB/SmolLM2-135M-Instruct "Why is the sky blue?" --recipe kv4
     """
     from turboquant.evaluate.errors import EvaluateError
-    from turboquant.evaluate.fidelity import scheme
-    from turboquant.recipe import Recipe
+    from turboquant.evaluate.fidelity import check_recipe
 
     if not prompt:
         raise EvaluateError("PROMPT is empty; give at least one word")
-    if recipe and not isinstance(scheme(recipe), Recipe):
-        raise EvaluateError(f"--recipe {recipe!r} is a scheme that eval compares with, and cannot generate")
+    if recipe:
+        check_recipe(recipe)
     net, tokenizer = load(model, dtype, device, threads, seed, [recipe] if recipe else [], [], (json,))
     from turboquant.evaluate import generation, report
     from turboquant.evaluate.linear import folder_recipe

@@ -72,6 +72,23 @@ def scheme(name: str | Recipe) -> Scheme:
     return recipe
 
 
+def schemes(recipes: str | Recipe | Sequence[str | Recipe]) -> list[Scheme]:
+    """`scheme` of one or of several."""
+    return [scheme(r) for r in ([recipes] if isinstance(recipes, str | Recipe) else recipes)]
+
+
+def check_recipe(name: str) -> None:
+    """Raises:
+    EvaluateError: a scheme to compare with, which a model cannot run. RecipeError: neither that nor a recipe.
+    """
+    try:
+        parse_recipe(name)
+    except RecipeError as e:
+        if name in (BASE, *BASELINES, *LINEAR_BASELINES):
+            raise EvaluateError(f"recipe {name!r} is a scheme that eval compares with, and cannot generate") from e
+        raise
+
+
 def _has_kv(s: Scheme) -> bool:
     return isinstance(s, Recipe) and s.kv is not None
 
@@ -98,7 +115,7 @@ def fidelity(
 
     Args:
         model, tokenizer: a causal language model of transformers, in eval mode, and its tokenizer.
-        recipes: names of recipes ("kv4"), of baselines ("kivi-g32+ring", see baselines.py) or "base".
+        recipes: one or several names of recipes ("kv4"), of baselines ("kivi-g32+ring", see baselines.py) or "base".
         texts: files (Path) or texts themselves (str).
         ctx: tokens of a window.
         tokens: at least so many tokens in all: ceil(tokens/ctx) windows, spread evenly over the texts.
@@ -126,7 +143,7 @@ def fidelity(
     Raises:
         EvaluateError, RecipeError: before any work: unknown recipe, a text shorter than ctx, too little text.
     """
-    plan = [scheme(r) for r in ([recipes] if isinstance(recipes, str | Recipe) else recipes)]
+    plan = schemes(recipes)
     if not plan:
         raise EvaluateError("recipes is empty; name at least one, for example 'kv4'")
     if stride < 1 or (batch is not None and batch < 1) or (chunk is not None and chunk < 1):

@@ -16,7 +16,7 @@ import torch
 from turboquant.evaluate.attention import implementation
 from turboquant.evaluate.baselines import Baseline
 from turboquant.evaluate.errors import EvaluateError
-from turboquant.evaluate.fidelity import BASE, Scheme, scheme, scheme_name
+from turboquant.evaluate.fidelity import BASE, Scheme, scheme_name, schemes
 from turboquant.evaluate.linear import linear_scheme
 from turboquant.evaluate.texts import bundled, encode, read_texts
 from turboquant.recipe import Recipe
@@ -32,7 +32,7 @@ ANSWER_TOKENS = 12
 def needle(
     model: Any,
     tokenizer: Any,
-    recipes: Sequence[str | Recipe] = ("kv4",),
+    recipes: str | Recipe | Sequence[str | Recipe] = ("kv4",),
     ctx: int = 8192,
     depths: Sequence[float] = DEPTHS,
     n: int = 4,
@@ -57,7 +57,7 @@ def needle(
     Raises:
         EvaluateError, RecipeError: before any work.
     """
-    plan = [scheme(r) for r in recipes]
+    plan = schemes(recipes)
     plan = [BASE, *(s for s in plan if s != BASE)]
     if n < 1 or not depths or not all(0 <= d <= 1 for d in depths):
         raise EvaluateError(f"n={n}, depths={list(depths)} is not allowed: n at least 1 and depths from 0 to 1")

@@ -177,7 +177,7 @@ def _explain(
 def _call(
     op: str, masked: bool, buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, *args: Any
 ) -> Any:  # masked: there is padding or a mask
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    grad = wants_grad(q, k, v)
     (_, h, n, _), dtype, kept = k.shape, q.dtype, buf.ring_k.dtype
     mixed = not dtype == k.dtype == v.dtype == kept
     chunk = (kept, grad, n, q.shape[1] // h * n, masked, mixed)
@@ -204,6 +204,11 @@ def cache_append(buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, 
         torch.ops.turboquant.cache_append(*_tensors(buf), layout.kv.name, q, k, v, valid)
     else:
         _call("cache_append", valid is not None, buf, layout, q, k, v, valid)
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a function of these is to be differentiated, which native kernels are not."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def cache_attention(

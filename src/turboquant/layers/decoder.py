@@ -96,7 +96,7 @@ class Step:
         if torch.compiler.is_compiling() or x.is_inference() or x.dim() != 3 or self._changed() is not None:
             return None
         tensors = self._tensors()
-        if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in tensors)):
+        if ops.wants_grad(x, *tensors):
             return None
         b, n, _ = x.shape
         if cos.shape != sin.shape or cos.shape not in ((b, n, self.head_dim), (1, n, self.head_dim)):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turboquant.layers.slot import Slot, keep_dtypes
+from turboquant.layers.slot import Slot, forget_slots, keep_dtypes
 from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import Recipe, RecipeError
 
@@ -59,6 +59,7 @@ class QuantEmbedding(nn.Module):
         self.own = (bare,)  # in a tuple, so that it is none of this module's children
         shape = self.num_embeddings, self.embedding_dim
         self.slot = Slot(self, "weight", shape, recipe, device or own.weight.device, None, like)
+        self.register_load_state_dict_post_hook(forget_slots)
 
     @property
     def slots(self) -> dict[str, Slot]:

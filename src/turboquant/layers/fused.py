@@ -156,7 +156,7 @@ class FusedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K) in x's dtype."""
         run = None
-        plain = torch.compiler.is_compiling() or x.is_inference() or not x.numel() or _wants_grad(x, self.weight)
+        plain = torch.compiler.is_compiling() or x.is_inference() or not x.numel() or ops.wants_grad(x, self.weight)
         if not plain and norm_refusal(self.weight, x.dtype) is None:
             run = ops.fused("norm_quantize", self.slot.spec(x.dtype), x.device)
         recipe, shared = self.slot.recipe.activations, self.slot.shared
@@ -188,7 +188,8 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K) in x's dtype."""
         run = None
-        if not torch.compiler.is_compiling() and x.numel() and not _wants_grad(x):
+        biases = [m.bias for m in (*self._wide(), self.down_proj)]
+        if not torch.compiler.is_compiling() and x.numel() and not ops.wants_grad(x, *biases):
             run = self.kernel(x.dtype, x.device)
         if run is not None:
             slot = self.down_proj.slot
@@ -199,7 +200,8 @@ class FusedMLP(nn.Module):
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         down, run = self.down_proj, None
-        if not torch.compiler.is_compiling() and _reads_int8(down) and gate.numel() and not _wants_grad(gate, up):
+        plain = torch.compiler.is_compiling() or not gate.numel() or ops.wants_grad(gate, up, down.bias)
+        if not plain and _reads_int8(down):
             run = ops.fused("gate_quantize", down.slot.spec(gate.dtype), gate.device)
         if run is None:
             return down(ACTIVATIONS[self.rule.activation](gate) * up)
@@ -233,7 +235,7 @@ class DenseHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N) in x's dtype."""
-        if x.numel() and not _wants_grad(x, *(p for p in self._parameters.values() if p is not None)):
+        if x.numel() and not ops.wants_grad(x, *self._parameters.values()):
             return ops.dense(x, self.weight, self.bias)
         return nn.functional.linear(x, self.weight, self.bias)
 
@@ -244,10 +246,6 @@ class Decoder:
     own: tuple[nn.Module, ...]
     formula: Any  # its `layers.decoder.Formula`, or why it has none
     step: Any  # its `layers.decoder.Step`, None until it is asked for
-
-
-def _wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _readers(model: nn.Module) -> dict[str, tuple[Any, list[QuantLinear]]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from turboquant.kernels.linear import Shared
-from turboquant.layers.slot import Slot, keep_dtypes
+from turboquant.layers.slot import Slot, forget_slots, keep_dtypes
 from turboquant.recipe import Recipe
 
 
@@ -30,6 +30,7 @@ class QuantLinear(nn.Linear):
         if recipe.weights is None:
             self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype), requires_grad=False)
         self.slot = Slot(self, "weight", (outputs, inputs), recipe, device, shared, like)
+        self.register_load_state_dict_post_hook(forget_slots)
         self.register_parameter("bias", None)
         if bias:
             self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype), requires_grad=False)
@@ -82,6 +83,7 @@ class QuantExperts(nn.Module):
             for name, shape in shapes.items():
                 setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False))
         self.slots = {name: Slot(self, name, shape, recipe, device, Shared(), like) for name, shape in shapes.items()}
+        self.register_load_state_dict_post_hook(forget_slots)
         for name in shapes:
             self.register_parameter(f"{name}_bias", biases.get(name))
 
@@ -113,6 +115,7 @@ class QuantExperts(nn.Module):
             getattr(out, n).data = w
         if self.turned:
             out.register_state_dict_post_hook(_turn)
+            out.register_load_state_dict_pre_hook(_turn)
         return out.eval()
 
     def _bias(self, slot: Slot, expert: int) -> Tensor | None:
@@ -127,9 +130,10 @@ class QuantExperts(nn.Module):
 
 
 def _turn(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Stacks as the module that was quantized has them."""
-    for name in module.slots:  # type: ignore[union-attr]
-        state[prefix + name] = state[prefix + name].mT.contiguous()
+    """Stacks in a state dict, from this module's order to that of the one which was quantized, or back."""
+    for key in (prefix + name for name in module.slots):  # type: ignore[union-attr]
+        if key in state:
+            state[key] = state[key].mT.contiguous()
 
 
 def _apply(module: Any, fn: Callable[..., Any], recurse: bool) -> Any:
@@ -140,6 +144,5 @@ def _apply(module: Any, fn: Callable[..., Any], recurse: bool) -> Any:
     finally:
         module._buffers.update(buffers)
     keep_dtypes(module, fn)
-    for slot in module.slots.values():
-        slot.forget()
+    forget_slots(module)
     return module

@@ -39,7 +39,6 @@ class Slot:
         self, module: nn.Module, name: str, shape: tuple[int, ...], recipe: Recipe, device: Any = None,
         shared: Shared | None = None, like: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        module.register_load_state_dict_post_hook(_forget)
         self.module, self.name, self.shape, self.recipe = module, name, tuple(shape), recipe
         self.shared = shared
         a = recipe.activations
@@ -147,7 +146,7 @@ class Slot:
         """
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False  # what is captured replays with the channels that are hot between the replays
-        with outside_inference():
+        with _outside_inference():
             return self._follow(x)
 
     def _follow(self, x: Tensor) -> bool:
@@ -183,8 +182,7 @@ class Slot:
         Raises:
             RuntimeError: gradients are asked for in a compiled model.
         """
-        learns = isinstance(x, Tensor) and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if learns and torch.is_grad_enabled():
+        if isinstance(x, Tensor) and ops.wants_grad(x, bias):
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     "compiled quantized layers compute no gradients: call the model under torch.no_grad()"
@@ -195,7 +193,7 @@ class Slot:
     def state(self, expert: int | None = None) -> LinearState:
         """What is kept beside the weight, or beside one expert's, to run it."""
         if self.tracked and self._hot is None:
-            with outside_inference():
+            with _outside_inference():
                 self._take_columns()
         if expert not in self.states:
             hot = self._hot
@@ -243,14 +241,14 @@ class Slot:
 
 
 @contextmanager
-def outside_inference() -> Iterator[None]:
+def _outside_inference() -> Iterator[None]:
     """For tensors that are kept: torch writes to those made in inference mode only there."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
-def _forget(module: Any, _: Any) -> None:
-    """Behind load_state_dict."""
+def forget_slots(module: Any, *_: Any) -> None:
+    """For load_state_dict of a module with slots: drop what was derived from the buffers that it had."""
     for slot in module.slots.values():
         slot.forget()
 

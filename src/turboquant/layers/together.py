@@ -28,7 +28,7 @@ class Together:
         """The layer's output for x (..., K), (..., N) in x's dtype; None if it has to run by itself."""
         if torch.compiler.is_compiling() or x.is_inference() or not x.numel():
             return None
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, layer.bias)):
+        if ops.wants_grad(x, layer.bias):
             return None
         run = ops.fused("linears", layer.slot.spec(x.dtype), x.device)
         if run is None:

@@ -167,6 +167,9 @@ def _with_feedback(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """GPTQ: columns in order, the error of each spread over later ones by the inverse of the second moments.
 
+    Args:
+        damp: for their inverse to exist; what other texts have beyond them is the caller's (`layers.moments.DAMPING`).
+
     Returns:
         codes of all stages (N, K) uint8, scale (N, G) fp16, zero (N, G) uint8.
     """

@@ -135,7 +135,8 @@ class TurboQuantCache(Cache):
         if self.recipe.kv is None:
             raise RecipeError(f"recipe {self.recipe.name!r} leaves the cache alone: name one with kv bits")
         config = model.config.get_text_config(decoder=True)
-        if config.is_encoder_decoder or not _takes_attention(model):
+        ours = config._attn_implementation == NAME  # which only a model takes that can
+        if config.is_encoder_decoder or not (ours or _takes_attention(model)):
             raise RecipeError(
                 f"{type(model).__name__} computes attention in its own way, or across an encoder: the cache serves "
                 "decoders that transformers can give another attention (set_attn_implementation)"
@@ -156,7 +157,7 @@ class TurboQuantCache(Cache):
                 raise RecipeError(f"layer {i} has attention of type {kind!r}, which the cache cannot serve")
         super().__init__(layers=layers)
         self.fingerprint = storage.fingerprint(model, types)
-        if config._attn_implementation != NAME:
+        if not ours:
             model.set_attn_implementation(NAME)
 
     @property
@@ -236,9 +237,10 @@ class TurboQuantCache(Cache):
 
 
 def _takes_attention(model: Any) -> bool:
+    """Whether a model asks transformers for its attention, which transformers finds out by reading its source."""
     try:
         return bool(model._can_set_attn_implementation())
-    except (AttributeError, KeyError, OSError):  # a class without a source to look into
+    except (AttributeError, KeyError, OSError):  # of a class made in a shell, say, there is none: its first call tells
         return True
 
 

@@ -25,7 +25,9 @@ class ServeError(RuntimeError):
 
 
 def quantization(model: str) -> dict[str, Any]:
-    """The `quantization_config` in config.json of a folder or of a hub's model, {} where there is none to be read."""
+    """The `quantization_config` in config.json of a folder or of a hub's model, {} where there is none to be read: vLLM
+    reads the file again and says what is wrong with it, or that no such model can be had.
+    """
     folder = Path(model)
     try:
         if not folder.is_dir():
@@ -120,24 +122,24 @@ def _check_folder(model: str) -> None:
 def _check_extra(extra: Sequence[str], recipe: Recipe, start: tuple[str, str]) -> None:
     """Refuse arguments of vLLM's that would undo what this command asks vLLM for, or that MODULE does not look at."""
     for arg, following in zip_longest(extra, extra[1:], fillvalue=""):
-        given, equals, value = arg.partition("=")
-
-        def says(*options: str, given: str = given) -> bool:
-            """As vLLM's parser takes them: --hf_overrides, --hf-overrides.KEY and --hf-over too."""
-            name = given.split(".")[0].replace("_", "-")
-            return len(name) > 2 and any(option.startswith(name) for option in options)
-
-        if says("--host", "--port", "--recipe"):
+        given, equals, inline = arg.partition("=")
+        if _means(given, "--host", "--port", "--recipe"):
             raise ServeError(f"{given} is an option of turboquant serve: it goes before the --")
-        if says("--hf-overrides", "--quantization", "--model") or given.startswith("-q"):
+        if _means(given, "--hf-overrides", "--quantization", "--model") or given.startswith("-q"):
             raise ServeError(f"{given} is set from MODEL and --recipe; call vLLM's own command to set it yourself")
-        value = value if equals else following
-        if says("--kv-cache-dtype") and recipe.kv is not None and value != "auto":
+        dtype = inline if equals else following
+        if _means(given, "--kv-cache-dtype") and recipe.kv is not None and dtype != "auto":
             raise ServeError(
-                f"{given} {value}: {recipe.name!r} has a cache of its own; leave it out, or kv out of the recipe"
+                f"{given} {dtype}: {recipe.name!r} has a cache of its own; leave it out, or kv out of the recipe"
             )
-        if start is MODULE and (says("--api-server-count", "--headless", "--grpc") or given == "-asc"):
+        if start is MODULE and (_means(given, "--api-server-count", "--headless", "--grpc") or given == "-asc"):
             raise ServeError(f"{given} is an argument of `vllm serve`, which vLLM's wheels for CPUs cannot run")
+
+
+def _means(given: str, *options: str) -> bool:
+    """Whether vLLM's parser takes an argument for one of these: --hf_overrides, --hf-overrides.KEY, --hf-over too."""
+    name = given.split(".")[0].replace("_", "-")
+    return len(name) > 2 and any(option.startswith(name) for option in options)
 
 
 def _check_free(host: str | None, port: int) -> None:
