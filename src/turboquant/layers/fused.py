@@ -188,10 +188,9 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K) in x's dtype."""
         run = None
-        biases = [m.bias for m in (*self._wide(), self.down_proj)]
-        if not torch.compiler.is_compiling() and x.numel() and not ops.wants_grad(x, *biases):
+        if not torch.compiler.is_compiling() and x.numel() and not ops.wants_grad(x):
             run = self.kernel(x.dtype, x.device)
-        if run is not None:
+        if run is not None and not ops.wants_grad(*(m.bias for m in (*self._wide(), self.down_proj))):
             slot = self.down_proj.slot
             wide, down = [(m.slot.packed(), m.bias) for m in self._wide()], (slot.packed(), self.down_proj.bias)
             return run(x, wide, down, self.rule.activation, slot.recipe.activations, slot.state())
@@ -200,8 +199,8 @@ class FusedMLP(nn.Module):
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         down, run = self.down_proj, None
-        plain = torch.compiler.is_compiling() or not gate.numel() or ops.wants_grad(gate, up, down.bias)
-        if not plain and _reads_int8(down):
+        plain = torch.compiler.is_compiling() or not gate.numel() or not _reads_int8(down)
+        if not plain and not ops.wants_grad(gate, up, down.bias):
             run = ops.fused("gate_quantize", down.slot.spec(gate.dtype), gate.device)
         if run is None:
             return down(ACTIVATIONS[self.rule.activation](gate) * up)
