@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from fidelity import machine
 
 from turboquant.kernels.cuda.linear import multiply, prepare
+from turboquant.kernels.fused import NormRule
 from turboquant.maths.activations import decode_int8, encode_int8
 from turboquant.maths.rotation import rotate
 from turboquant.packed.tensor import PackedTensor
-from turboquant.recipe import WeightRecipe
+from turboquant.recipe import ActivationRecipe, WeightRecipe
 
 SHAPES = {
     "qkv": (6144, 4096, "norm"), "o": (4096, 4096, "plain"),
@@ -38,6 +39,7 @@ VARIANTS = {  # name -> (weight recipe, bits of the rows)
     "w8a8": (WeightRecipe(8, group=0), 8),
     "w4a16-g128": (WeightRecipe(4), 16),
 }
+A8 = ActivationRecipe(8)
 ROWS = (1, 4, 16, 64, 256, 1024, 2048)
 COLD = 256 << 20  # bytes of weights that a graph walks over: five times the L2 of an H100
 
@@ -74,7 +76,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 def quantizer(kind: str, k: int) -> Callable[[int], tuple[Callable[[], Any], Callable[[], torch.Tensor], float]]:
     """rows -> (fused kernel on fixed tensors, what it should see in fp32 by plain torch, bytes it moves)."""
-    from turboquant.kernels.triton.rows import fused_quantize
+    from turboquant.kernels.cuda import rows
 
     def make(m: int) -> Any:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
@@ -83,12 +85,12 @@ def quantizer(kind: str, k: int) -> Callable[[int], tuple[Callable[[], Any], Cal
         if kind == "norm":
             w = torch.rand(k, device="cuda").add(0.5).bfloat16()
             exact = lambda: F.rms_norm(x.float(), (k,), None, 1e-6).bfloat16().float() * w.float()  # noqa: E731
-            return lambda: fused_quantize(x, norm=w, eps=1e-6), exact, moved
+            return lambda: rows.norm_quantize(x, w, NormRule(1e-6), A8)[1], exact, moved + 2 * m * k
         if kind == "gate":
             g = torch.randn_like(x)
             exact = lambda: F.silu(g.float()).bfloat16().float() * x.float()  # noqa: E731
-            return lambda: fused_quantize(x, gate=g), exact, moved + 2 * m * k
-        return lambda: fused_quantize(x), lambda: x.float(), moved
+            return lambda: rows.gate_quantize(g, x, "silu", A8), exact, moved + 2 * m * k
+        return lambda: rows.quantize(x, A8), lambda: x.float(), moved
 
     return make
 

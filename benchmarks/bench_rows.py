@@ -1,16 +1,17 @@
-"""What quantizing rows costs on one GPU: the kernel by itself, over the norm or activation that bf16 runs anyway, and
-in front of the product, with several ways to launch it.
+"""What quantizing rows costs on one GPU: the kernels by themselves, over the norm or activation that bf16 runs anyway,
+and in front of the product.
 
 PYTHONPATH=src python benchmarks/bench_rows.py --json rows.json
 PYTHONPATH=src python benchmarks/bench_rows.py --plot rows.json rows.png        # from what an earlier run wrote
 
 Medians over replays of CUDA graphs. `hot`: the rows lie in L2, as in a model that has just written them; `cold`: over
-so many rows that none does. A chain is norm (or activation, or nothing) and product over cold weights, as in a model,
-and `early` says whether a kernel may be set up while the one before it runs (programmatic dependent launch), `by`
-whose the product is: csrc/product.cu's or humming's. Two overheads, in percent of the w4a8 product: `alone`, all that
-comes before the product; `net`, that less what bf16 pays for its norm or activation in the same place, by torch's own
-kernels or compiled into one by torch.compile, whichever is the faster. A launch whose rows are farther from the exact
-ones than twice what plain torch loses gets no figure, and the run ends with exit code 1.
+so many rows that none does. A chain is norm (or activation, or nothing) and product over cold weights, as in a model:
+`rows` says whose quantizer it is, `cuda` (csrc/quantize.cu, the library's choice) or `triton`, both launched as the
+library does, and `by` whose the product is: csrc/product.cu's or humming's. Two overheads, in percent of the w4a8
+product: `alone`, all that comes before the product; `net`, that less what bf16 pays for its norm or activation in the
+same place, by torch's own kernels or compiled into one by torch.compile, whichever is the faster. A quantizer whose
+rows are farther from the exact ones than twice what plain torch loses gets no figure, and the run ends with exit
+code 1.
 """
 
 import argparse
@@ -26,10 +27,13 @@ import torch.nn.functional as F
 from bench_linear import COLD, median_ms, relative
 from fidelity import machine
 
+from turboquant.kernels.fused import NormRule
 from turboquant.maths.activations import decode_int8, encode_int8
 from turboquant.packed.tensor import PackedTensor
-from turboquant.recipe import WeightRecipe
+from turboquant.recipe import ActivationRecipe, WeightRecipe
 
+QUANTIZERS = ("cuda", "triton")
+A8, RULE = ActivationRecipe(8), NormRule(1e-6)
 KINDS = {"plain": 4096, "norm": 4096, "gate": 14336}
 SHAPES = {
     "o": (4096, "plain"),
@@ -40,27 +44,24 @@ SHAPES = {
 ROWS = (1, 16, 64, 256, 2048)
 
 
-def launches(kind: str, m: int, k: int) -> Iterator[tuple[str, Any]]:
-    """(name, Launch) worth trying for m rows of k numbers."""
-    from turboquant.kernels.triton.rows import LARGEST_SWEPT, LAUNCH, Launch
-
-    yield "default", LAUNCH
-    for warps in (2.0, 4.0) if m <= 16 else (0.5, 2.0):
-        yield f"warps x{warps:g}", Launch(warps=warps)
-    if m >= 256 and k <= LARGEST_SWEPT and kind != "norm":
-        yield "a row a program", Launch(sweep_from=1 << 30)
-        for programs in (132, 264, 1056):
-            yield f"{programs} programs", Launch(sweep_from=256, programs=programs)
+def quantizer(rows: str, kind: str, a: dict[str, Any]) -> Callable[[], Any]:
+    """Whose rows of operands, as the library calls it."""
+    backend = importlib.import_module(f"turboquant.kernels.{rows}.rows")
+    if kind == "norm":
+        return lambda: backend.norm_quantize(a["x"], a["norm"], RULE, A8)[1]
+    if kind == "gate":
+        return lambda: backend.gate_quantize(a["gate"], a["x"], "silu", A8)
+    return lambda: backend.quantize(a["x"], A8)
 
 
 def operands(kind: str, m: int, k: int) -> tuple[dict[str, Any], torch.Tensor]:
-    """Arguments of `fused_quantize`, and what it should see in fp32."""
+    """What comes in, and what the quantizer should see in fp32."""
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     x[:, :: k // 7] *= 30
     if kind == "norm":
         w = torch.rand(k, device="cuda").add(0.5).bfloat16()
         exact = F.rms_norm(x.float(), (k,), None, 1e-6).bfloat16().float() * w.float()
-        return {"x": x, "norm": w, "keep": torch.empty_like(x)}, exact
+        return {"x": x, "norm": w}, exact
     if kind == "gate":
         g = torch.randn_like(x)
         return {"x": x, "gate": g}, F.silu(g.float()).bfloat16().float() * x.float()
@@ -86,34 +87,30 @@ def compiled(kind: str, a: dict[str, Any]) -> Callable[[], torch.Tensor]:
 
 
 def bench_kernel(kind: str, m: int, args: argparse.Namespace, failed: list[str]) -> list[dict[str, Any]]:
-    """Rows of every launch of one kernel at m rows."""
-    from turboquant.kernels.triton.rows import fused_quantize
-
-    k, rows = KINDS[kind], []
+    """Rows of every quantizer by itself at m rows, and of what bf16 runs in its place."""
+    k, out = KINDS[kind], []
     one, exact = operands(kind, m, k)
     own = relative(decode_int8(encode_int8(exact.bfloat16())), exact)
     moved = m * k * {"plain": 3, "norm": 5, "gate": 5}[kind] + 4 * m
     many = [{n: t.clone() for n, t in one.items()} for _ in range(max(1, min(64, COLD // moved)))]
     base = {"what": "kernel", "kind": kind, "k": k, "m": m, "bytes": moved, "bound_ms": moved / args.bandwidth / 1e9}
-    if kind != "plain":
-        hot = median_ms([plain(kind, one)] * 8, args.replays)
-        cold = median_ms([plain(kind, a) for a in many], args.replays)
-        rows.append(base | {"launch": "bf16", "hot_ms": hot, "cold_ms": cold})
-    for name, launch in launches(kind, m, k):
-        error = relative(decode_int8(fused_quantize(**one, launch=launch)), exact)
+    for name in QUANTIZERS if kind == "plain" else ("bf16", *QUANTIZERS):
+
+        def way(a: dict[str, Any], name: str = name) -> Callable[[], Any]:
+            return plain(kind, a) if name == "bf16" else quantizer(name, kind, a)
+
+        error = 0.0 if name == "bf16" else relative(decode_int8(way(one)()), exact)
         if not error <= 2 * own:
             failed.append(f"{kind} M={m} {name}: error {error:.5f} over {2 * own:.5f}")
             continue
-        hot = median_ms([lambda v=launch: fused_quantize(**one, launch=v)] * 8, args.replays)
-        cold = median_ms([lambda a=a, v=launch: fused_quantize(**a, launch=v) for a in many], args.replays)
-        rows.append(base | {"launch": name, "hot_ms": hot, "cold_ms": cold, "error": error})
-    return rows
+        hot, cold = median_ms([way(one)] * 8, args.replays), median_ms([way(a) for a in many], args.replays)
+        out.append(base | {"rows": name, "hot_ms": hot, "cold_ms": cold, "error": error})
+    return out
 
 
 def bench_chain(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row for each number of rows and way of launching: norm or activation, and the product behind it."""
+    """One row for each number of rows and quantizer: norm or activation, and the product behind it."""
     from turboquant.kernels.cuda.linear import multiply, prepare
-    from turboquant.kernels.triton.rows import Launch, fused_quantize
 
     (n, kind), k = SHAPES[shape], KINDS[SHAPES[shape][1]]
     w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
@@ -122,7 +119,7 @@ def bench_chain(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]
     layers = [prepare(packed, 8, torch.bfloat16) for _ in range(max(2, COLD // packed.nbytes))]
     for m in args.rows:
         a = operands(kind, m, k)[0]
-        before, codes = plain(kind, a), fused_quantize(**a)
+        before, codes = plain(kind, a), quantizer("cuda", kind, a)()
         by = "product.cu" if m <= layers[0].few else "humming"
         row: dict[str, Any] = {"what": "chain", "shape": shape, "n": n, "kind": kind, "k": k, "m": m, "by": by}
         x = before()
@@ -134,16 +131,16 @@ def bench_chain(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]
         row["bf16_ms"] = times[row["bf16_by"]]
         product = lambda v, q=codes: multiply(v, packed, q.codes, q.unit)  # noqa: E731
         row["product_ms"] = median_ms([lambda v=v, f=product: f(v) for v in layers], args.replays)
-        for early in (False, True):
+        for name in QUANTIZERS:
 
-            def chain(v: Any, a: Any = a, launch: Any = Launch(early_to=m if early else 0)) -> torch.Tensor:  # noqa: B008
-                q = fused_quantize(**a, launch=launch)
+            def chain(v: Any, rows: Any = quantizer(name, kind, a)) -> torch.Tensor:  # noqa: B008
+                q = rows()
                 return multiply(v, packed, q.codes, q.unit)
 
             ms = median_ms([lambda v=v, f=chain: f(v) for v in layers], args.replays)
             alone, pays = ms - row["product_ms"], row["bf16_ms"] - row["bf16_product_ms"]
             yield row | {
-                "early": early, "ms": ms, "speedup": row["bf16_ms"] / ms,
+                "rows": name, "ms": ms, "speedup": row["bf16_ms"] / ms,
                 "alone_percent": 100 * alone / row["product_ms"],
                 "net_percent": 100 * (alone - pays) / row["product_ms"],
             }  # fmt: skip
@@ -151,49 +148,45 @@ def bench_chain(shape: str, args: argparse.Namespace) -> Iterator[dict[str, Any]
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table of kernels and one of chains; microseconds."""
-    out = ["| before | K | M | launch | hot µs | cold µs | its bytes take |", "|" + "---|" * 7]
+    out = ["| before | K | M | rows by | hot µs | cold µs | its bytes take |", "|" + "---|" * 7]
     us = lambda x: f"{1e3 * x:.2f}"  # noqa: E731
     for r in rows:
         if r["what"] == "kernel":
-            cells = (r["kind"], r["k"], r["m"], r["launch"], us(r["hot_ms"]), us(r["cold_ms"]), us(r["bound_ms"]))
+            cells = (r["kind"], r["k"], r["m"], r["rows"], us(r["hot_ms"]), us(r["cold_ms"]), us(r["bound_ms"]))
             out.append("| " + " | ".join(map(str, cells)) + " |")
     names = (
-        "chain", "M", "early", "bf16 µs", "of it product", "fused by", "w4a8 µs", "of it product", "by", "× bf16",
+        "chain", "M", "rows by", "bf16 µs", "of it product", "fused by", "w4a8 µs", "of it product", "by", "× bf16",
         "alone", "net",
     )  # fmt: skip
     out += ["", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for r in rows:
         if r["what"] == "chain":
             cells = (
-                f"{r['kind']} → {r['shape']} {r['n']}×{r['k']}", r["m"], "yes" if r["early"] else "no",
+                f"{r['kind']} → {r['shape']} {r['n']}×{r['k']}", r["m"], r["rows"],
                 us(r["bf16_ms"]), us(r["bf16_product_ms"]), r["bf16_by"], us(r["ms"]), us(r["product_ms"]), r["by"],
                 f"{r['speedup']:.2f}", f"{r['alone_percent']:+.0f} %", f"{r['net_percent']:+.0f} %",
             )  # fmt: skip
             out.append("| " + " | ".join(map(str, cells)) + " |")
     out += ["", "all chains at M:"]
-    for m, early in dict.fromkeys((r["m"], r["early"]) for r in rows if r["what"] == "chain"):
-        some = [r for r in rows if r["what"] == "chain" and (r["m"], r["early"]) == (m, early)]
+    for m, name in dict.fromkeys((r["m"], r["rows"]) for r in rows if r["what"] == "chain"):
+        some = [r for r in rows if r["what"] == "chain" and (r["m"], r["rows"]) == (m, name)]
         bf16, ours = (sum(r[n] for r in some) for n in ("bf16_ms", "ms"))
         product, pays = (sum(r[n] for r in some) for n in ("product_ms", "bf16_product_ms"))
         alone, net = 100 * (ours - product) / product, 100 * (ours - product - bf16 + pays) / product
-        line = f"{m}, early {early}: bf16 {us(bf16)}, w4a8 {us(ours)} µs, × {bf16 / ours:.2f}"
+        line = f"{m}, rows by {name}: bf16 {us(bf16)}, w4a8 {us(ours)} µs, × {bf16 / ours:.2f}"
         out.append(f"{line}, in front {alone:+.0f} % of the products, net {net:+.0f} %")
     return "\n".join(out)
 
 
 def plot(source: Path, target: Path) -> None:
-    """How the cost grows with the rows: microseconds before the product, and their share of it.
-
-    The title says whose the product is: humming's where rows do not name it, which are from before product.cu.
-    """
+    """How the cost of the library's quantizer grows with the rows: microseconds before the product, and their share."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in json.loads(source.read_text())["rows"] if r["what"] == "chain" and not r["early"]]
-    few = [r["m"] for r in rows if r.get("by") == "product.cu"]
-    by = f"product.cu's up to {max(few)} rows, else humming's" if few else "humming's"
+    rows = [r for r in json.loads(source.read_text())["rows"] if r["what"] == "chain" and r["rows"] == "cuda"]
+    few = max(r["m"] for r in rows if r["by"] == "product.cu")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for i, shape in enumerate(dict.fromkeys(r["shape"] for r in rows)):
         some = [r for r in rows if r["shape"] == shape]
@@ -203,7 +196,9 @@ def plot(source: Path, target: Path) -> None:
         right.plot(m, [r["alone_percent"] for r in some], "o-", color=color, label=name)
         right.plot(m, [r["net_percent"] for r in some], "o--", color=color)
     left.set(title="before the product (dotted: in bf16)", ylabel="µs", yscale="symlog")
-    right.set(title=f"% of the w4a8 product, {by}\n(dashed: less what bf16 pays)")
+    right.set(
+        title=f"% of the w4a8 product, product.cu's up to {few} rows, else humming's\n(dashed: less what bf16 pays)"
+    )
     for axis in (left, right):
         axis.set(xscale="log", xlabel="rows")
         axis.grid(alpha=0.3)
@@ -230,7 +225,8 @@ def main() -> None:
         plot(*args.plot)
         return
     if args.few:
-        importlib.import_module("turboquant.kernels.cuda.linear").FEW = args.few  # the package has a function so named
+        for name in ("linear", "rows"):  # the package has a function of the first one's name
+            importlib.import_module(f"turboquant.kernels.cuda.{name}").FEW = args.few
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = False

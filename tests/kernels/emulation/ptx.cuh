@@ -25,6 +25,7 @@ typedef unsigned long long u64;
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define NEG (-INFINITY)
+#define NOT_A_NUMBER NAN
 
 struct Three {
   int x = 1, y = 1, z = 1;
@@ -91,6 +92,7 @@ static int alive_here() {
   return n;
 }
 static void __syncthreads() { barrier(192 + block(), alive_here()); }
+static void named_sync(int, int members) { barrier(128 + current / members, members); }  // threads side by side
 static void __syncwarp() { barrier(threadIdx.x / 32, 32); }
 static int __syncthreads_or(int x) {
   const int slot = generation[192] / 2 & 1;
@@ -237,5 +239,10 @@ static u16 larger_16(u16 a, u16 b) {
   const float x = wide(a), y = std::fabs(wide(b));
   return x != x || y != y ? 0x7FFF : x > y ? a : b & 0x7FFF;
 }
+static float larger(float a, float b) { return a != a || b != b ? NAN : std::max(a, std::fabs(b)); }
+static float inverse(float x) { return 1 / x; }
+static float inverse_root(float x) { return 1 / std::sqrt(x); }
+static float exp2_(float x) { return std::exp2(x); }
 static u32 larger(u32 a, u32 b) { return larger_16(a, b) | u32(larger_16(a >> 16, b >> 16)) << 16; }
 static u32 two_16(float lo, float hi) { return one_16(lo) | u32(one_16(hi)) << 16; }
+static u32 times_16(u32 a, u32 b) { return two_16(wide_low(a) * wide_low(b), wide_high(a) * wide_high(b)); }

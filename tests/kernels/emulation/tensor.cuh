@@ -27,7 +27,6 @@ static int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 32; i += 8) c += int((signed char)(a >> i)) * int((signed char)(b >> i));
   return c;
 }
-static float exp2_(float x) { return std::exp2(x); }
 static float reciprocal(float x) { return x > 1e-30f ? 1 / x : 0; }
 
 // every lane's words, for all of a warp

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import warnings
 import weakref
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,6 @@ def supports(op: str, spec: Any, device: torch.device) -> str | None:
     """None if the op can run, else why not."""
     if op != "linear":
         return f"cuda has no {op}"
-    if device.type != "cuda":
-        return f"cuda: tensors are on {device.type}"
     if importlib.util.find_spec(PACKAGE) is None:
         return "cuda: humming-kernels is not installed (pip install 'turboquant[cuda]')"
     if torch.cuda.get_device_capability(device) < (7, 5):
@@ -157,8 +156,9 @@ def _linear(
     if state.recipe is None:
         assert isinstance(x, Tensor)
         return multiply(ready, weight, x.reshape(-1, k).contiguous(), None, bias).view(*x.shape[:-1], n)
-    with ops.use_backend("auto"):  # humming has no quantizer
-        rows = rows_of(x, state.recipe, state, ops.quantize)
+    spec = LinearSpec(k, n, len(ready.layers), k, state.recipe.bits, x.dtype)
+    with ops.use_backend("auto"):  # `cuda` quantizes not all that it multiplies
+        rows = rows_of(x, state.recipe, state, partial(ops.quantize, spec=spec))
     codes = rows.codes if isinstance(rows, Int8Rows) else rows.int8()
     y = multiply(ready, weight, codes.reshape(-1, k).contiguous(), rows.unit.reshape(-1, 1).contiguous(), bias)
     if isinstance(rows, Int4Rows) and state.hot is not None and state.hot.weight is not None:

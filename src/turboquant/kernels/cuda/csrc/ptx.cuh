@@ -8,6 +8,7 @@ typedef long long i64;
 typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 #define NEG __int_as_float(0xff800000)
+#define NOT_A_NUMBER __int_as_float(0x7fffffff)
 
 DEVICE u32 prmt(u32 a, u32 b, u32 s) {
   u32 d;
@@ -48,6 +49,22 @@ DEVICE u32 larger(u32 a, u32 b) {
 #endif
   return d;
 }
+// the larger magnitude; a NaN stays one
+DEVICE float larger(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(fabsf(b)));
+  return d;
+}
+DEVICE float inverse(float x) {  // about 22 bits
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float inverse_root(float x) {  // about 22 bits
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
 struct Bytes {  // in shared memory, numbered from `first` on; an address takes one instruction
   u32 at;
@@ -71,6 +88,8 @@ DEVICE float exp2_(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// a barrier of some warps of a block
+DEVICE void named_sync(int name, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory"); }
 // a kernel launched to start while the one before it ends waits here for its results
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
@@ -106,6 +125,15 @@ DEVICE u32 two_16(float lo, float hi) {  // a pair in the model's dtype
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
 #else
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+#endif
+  return d;
+}
+DEVICE u32 times_16(u32 a, u32 b) {  // products of two pairs in the model's dtype
+  u32 d;
+#if BF16
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+#else
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
 #endif
   return d;
 }
