@@ -8,7 +8,6 @@ import importlib
 from dataclasses import dataclass
 from itertools import pairwise
 from itertools import product as product_of
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,10 +48,17 @@ SMALL = [
     Case(stages=2, n=256, k=2560, rows=11),
     Case(stages=2, group=128, rows=16, n=64, k=1024, bias=True),
     *(Case(64, 4224, 128, 3, s) for s in (1, 2)),  # blocks of a cluster hold different numbers of groups
+    # blocks that take outputs one after another: eight blocks on the CPU, some of which have three times as many
+    *(
+        Case(64 * 19, k, g, m, s, bias=m > 1)
+        for k, g, m, s in ((1024, 0, 1, 1), (896, 0, 8, 1), (1152, 128, 5, 1), (640, 0, 2, 2))
+    ),
+    Case(64 * 9, 512, 128, 1, 2),
 ]
 LARGE = [
     *(Case(n, k, g, m) for n, k in ((4096, 4096), (4096, 14336), (6144, 4096)) for g in (0, 128) for m in (1, 8, 16)),
-    *(Case(28672, 4096, g, 16) for g in (0, 128)),
+    *(Case(28672, 4096, g, m) for g in (0, 128) for m in (1, 8, 16)),
+    *(Case(128256, 4096, 0, m, 2) for m in (1, 8)),
     *(Case(384, 896, g, m, 1, t, True) for g in (0, 128) for m in (1, 9, 16) for t in (BF16, F16)),
     *(Case(4096, 4096, g, m, 2) for g in (0, 128) for m in (1, 9, 16)),
     *(Case(128, 18944, 0, m) for m in (2, 3, 5)),
@@ -110,13 +116,14 @@ def emulated(monkeypatch, emulation):
         return emulation("product", product.config(shape, k, group, planes, dtype)), shape
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False, cluster=1):
-        assert after and blocks[0] == cluster and shared <= product.SHARED
+        assert after and blocks[0] == cluster and shared <= product.SHARED and blocks[1] <= call.n // product.OUTPUTS
         kernel.run(ctypes.byref(call), blocks[0], blocks[1], threads, cluster)
 
     def empty(*size, **options):
         return torch.full(size, torch.nan, **options)
 
     monkeypatch.setattr(product, "_kernel", kernel)
+    monkeypatch.setattr(product, "_processors", lambda device: 4)
     monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
     monkeypatch.setattr(product.torch, "empty", empty)
@@ -135,14 +142,15 @@ def test_every_shape_fits_a_block(n, k, processors):
     for group, planes, rows in product_of((128, k), (1, 2), range(1, linear.FEW + 1)):
         shape = product.shape_of(n, k, group, planes, rows, processors)
         assert shape.shared <= 227 * 1024 and shape.depth >= 2 and shape.split in product.SPLITS
+        assert not shape.several or (shape.split == 1 and shape.shared <= product.HALF and n > 128 * processors)
         cuts = [k // 64 * i // shape.split for i in range(shape.split + 1)]
         assert shape.tables >= max((b * 64 - 1) // group - a * 64 // group + 1 for a, b in pairwise(cuts))
 
 
 def test_where_nothing_fits(monkeypatch):
     """Fewer rows are dispatched, `note` says how many, and whoever asks for more is told."""
-    where, chip = torch.device("cuda", 0), SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    where = torch.device("cuda", 0)
+    monkeypatch.setattr(product, "_processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(nvrtc, "missing", lambda: None)
     assert product.most_rows(8192, 29568, 128, 2, where, linear.FEW) == linear.FEW

@@ -72,6 +72,7 @@ class Shape:
     Attributes:
         tiles: of 8 rows. depth: pieces that a warp has under way. split: blocks that share K.
         tables: groups whose scales and zeros a block keeps. shared: bytes of memory.
+        several: whether a block takes 64 outputs after 64: then as many blocks run as fit at once.
     """
 
     tiles: int
@@ -79,6 +80,7 @@ class Shape:
     split: int
     tables: int
     shared: int
+    several: bool = False
 
 
 def shape_of(n: int, k: int, group: int, planes: int, rows: int, processors: int) -> Shape:
@@ -87,22 +89,28 @@ def shape_of(n: int, k: int, group: int, planes: int, rows: int, processors: int
     pieces = k // 64
     fits = [s for s in SPLITS if s * 2 * WARPS <= pieces] or [1]
     fill = next((s for s in fits if n // OUTPUTS * s >= FILL * processors), fits[-1])
-    shapes = [_cut(pieces, s, group if group < k else 0, planes, rows) for s in fits if s >= fill]
+    group = group if group < k else 0
+    if fill == 1 and n // OUTPUTS > 2 * processors:
+        shape = _cut(pieces, 1, group, planes, rows, True)
+        if shape.shared <= HALF:
+            return shape
+    shapes = [_cut(pieces, s, group, planes, rows) for s in fits if s >= fill]
     return next((s for s in shapes if s.shared <= SHARED), shapes[-1])
 
 
-def _cut(pieces: int, split: int, group: int, planes: int, rows: int) -> Shape:
+def _cut(pieces: int, split: int, group: int, planes: int, rows: int, several: bool = False) -> Shape:
     tiles, most = 1 if rows <= 8 else 2, -(-pieces // split)  # pieces of a block
     tables = most * 64 // group + 2 if group else 1
-    x, step, fixed = rows * (most * 64 + 16), WARPS * planes * PIECE, 3 * OUTPUTS * tables
-    depth = max(2, min(DEEPEST, -(-most // WARPS), (HALF - fixed - x) // step))
-    return Shape(tiles, depth, split, tables, fixed + max(depth * step + x, WARPS * tiles * 8 * (OUTPUTS + 4) * 4))
+    x, step, fixed = rows * (most * 64 + 16), WARPS * planes * PIECE, 3 * OUTPUTS * tables * (1 + several)
+    sums = WARPS * tiles * 8 * (OUTPUTS + 4) * 4
+    depth = max(2, min(DEEPEST, -(-most // WARPS), (HALF - fixed - x - several * sums) // step))
+    shared = fixed + (depth * step + x + sums if several else max(depth * step + x, sums))
+    return Shape(tiles, depth, split, tables, shared, several)
 
 
 def most_rows(n: int, k: int, group: int, planes: int, device: torch.device, limit: int) -> int:
     """Up to how many rows, of `limit` asked for, a product fits into shared memory."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    fits = (r for r in range(limit, 0, -1) if shape_of(n, k, group, planes, r, processors).shared <= SHARED)
+    fits = (r for r in range(limit, 0, -1) if shape_of(n, k, group, planes, r, _processors(device)).shared <= SHARED)
     return next(fits, 0)
 
 
@@ -110,9 +118,14 @@ def config(shape: Shape, k: int, group: int, planes: int, dtype: torch.dtype) ->
     """config.cuh."""
     numbers = {
         "NT": shape.tiles, "DEPTH": shape.depth, "PLANES": planes, "GROUP": group if group < k else 0,
-        "PACKED_K": int(group == GROUP), "BF16": int(dtype == torch.bfloat16),
+        "PACKED_K": int(group == GROUP), "SEVERAL": int(shape.several), "BF16": int(dtype == torch.bfloat16),
     }  # fmt: skip
     return "\n".join(["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items()), ""])
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(maxsize=4096)
@@ -120,7 +133,7 @@ def _kernel(
     n: int, k: int, group: int, planes: int, rows: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Shape]:
     """(kernel, its shape)."""
-    shape = shape_of(n, k, group, planes, rows, torch.cuda.get_device_properties(device).multi_processor_count)
+    shape = shape_of(n, k, group, planes, rows, _processors(device))
     if shape.shared > SHARED:
         raise ValueError(f"{rows} rows of {k} inputs need {shape.shared} bytes of shared memory, {SHARED} are there")
     return _function(config(shape, k, group, planes, dtype), device), shape
@@ -165,6 +178,7 @@ def multiply(
         shape.split, shape.tables,
     )  # fmt: skip
     stream = nvrtc.stream_of(codes.device)
-    grid = (shape.split, n // OUTPUTS, 1)
+    tiles = n // OUTPUTS
+    grid = (shape.split, 2 * _processors(codes.device) if shape.several else tiles, 1)
     nvrtc.launch(kernel, grid, 32 * WARPS, shape.shared, stream, call, after=True, cluster=shape.split)
     return out

@@ -4,10 +4,11 @@
 // A block has 64 outputs and, with the other blocks of its cluster, its share of K. Its warps take turns over pieces of
 // 64 inputs. A lane fetches the very bytes that it multiplies, some pieces ahead, so nobody waits for anybody until the
 // sums meet in shared memory and then across the cluster, in one order. Weights are asked for before the rows are
-// there: they do not depend on the kernel before this one.
+// there: they do not depend on the kernel before this one. Where there are more outputs than all blocks at once have, a
+// block takes 64 after 64 (SEVERAL), and asks for the next ones' weights while it sums up.
 //
 // config.cuh, written by product.py: PLANES (stages of the weight), NT (tiles of 8 rows), DEPTH (pieces that a warp has
-// under way), GROUP (weights that share a scale, 0 for a whole row), PACKED_K (layout, see product.py), BF16.
+// under way), GROUP (weights that share a scale, 0 for a whole row), PACKED_K (layout, see product.py), SEVERAL, BF16.
 #include "pipe.cuh"
 
 constexpr int BN = 64, WARPS = 8, THREADS = 32 * WARPS;  // outputs of a block
@@ -47,6 +48,14 @@ struct Multiply {  // one warp
                                    : i64(at * 2 + q / 2) * (c.n / 32) + tile * 2 + q % 2;
         copy16(to + p * PIECE + q * 512 + lane * 16, c.weight[p] + block * 512 + lane * 16);
       }
+  }
+  DEVICE void clear() {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) acc[0][m][t][i] = acc[PLANES - 1][m][t][i] = 0, sum[GROUP ? m : 0][t][i] = 0;
   }
   DEVICE void group(const u16* scales, const u8* zero) {  // of the block's outputs
 #pragma unroll
@@ -115,27 +124,36 @@ struct Multiply {  // one warp
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) product(const __grid_constant__ Call c) {
   extern __shared__ __align__(128) u8 memory[];
-  const int rank = blockIdx.x, tile = blockIdx.y, thread = threadIdx.x, warp = uniform(thread / 32);
+  const int rank = blockIdx.x, thread = threadIdx.x, warp = uniform(thread / 32), tiles = c.n / BN;
   const int pieces = c.k / 64, first = pieces * rank / c.split, count = pieces * (rank + 1) / c.split - first;
   const int group0 = GROUP ? first / PER : 0, groups = GROUP ? (first + count - 1) / PER - group0 + 1 : 1;
-  u16* scales = (u16*)memory;  // [group][output]
-  u8* zeros = (u8*)(scales + c.tables * BN);
-  u8* ring = zeros + c.tables * BN;  // at the same place in all blocks: `remote` reads there
+  const int turns = (count - warp + WARPS - 1) / WARPS, stride = count * 64 + 16;  // of a tile, this warp's; of x, below
+  u8* tables = memory;                                        // scales, [group][output], and zeros; of two tiles
+  u8* ring = tables + (1 + SEVERAL) * c.tables * (3 * BN);  // at the same place in all blocks: `remote` reads there
   u8 *mine = ring + warp * (DEPTH * PLANES * PIECE), *x = ring + WARPS * (DEPTH * PLANES * PIECE);
-  const int stride = count * 64 + 16;  // of x: lanes of a fragment meet no bank twice
+  u32* parts = (u32*)(SEVERAL ? x + c.rows * stride : ring);  // partial sums; lanes of a fragment of x meet no bank twice
   Multiply m;
   m.lane = thread & 31;
-#pragma unroll
-  for (int i = 0; i < DEPTH; i++) {
-    if (i * WARPS + warp < count) m.fetch(mine + i * (PLANES * PIECE), c, first + i * WARPS + warp, tile);
+  int wanted = blockIdx.y, turn = 0;  // what is asked for next
+  const auto ask = [&](int slot) {
+    if (turn < turns && wanted < tiles) {
+      m.fetch(mine + slot * (PLANES * PIECE), c, first + turn * WARPS + warp, wanted);
+      if (++turn == turns && SEVERAL) turn = 0, wanted += gridDim.y;
+    }
     copies_end();
-  }
+  };
+  const auto table = [&](int tile, u8* to) {
+    u16* scales = (u16*)to;
+    for (int e = thread; e < groups * BN; e += THREADS) {
+      const i64 from = i64(tile * BN + e / groups) * c.groups + group0 + e % groups;
+      const int at = e % groups * BN + e / groups;
+      scales[at] = c.scale[from], (to + c.tables * (2 * BN))[at] = c.zero[from];
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < DEPTH; i++) ask(i);
   if (thread == 0) start_next();
-  for (int e = thread; e < groups * BN; e += THREADS) {
-    const i64 at = i64(tile * BN + e / groups) * c.groups + group0 + e % groups;
-    const int to = e % groups * BN + e / groups;
-    scales[to] = c.scale[at], zeros[to] = c.zero[at];
-  }
+  table(blockIdx.y, tables);
   wait_for_previous();
   for (int e = thread; e < c.rows * count * 4; e += THREADS) {
     const int row = e / (count * 4), at = e % (count * 4) * 16;
@@ -145,42 +163,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) product(const __grid_co
   const u8* of[NT];
 #pragma unroll
   for (int t = 0; t < NT; t++) of[t] = x + min(t * 8 + m.lane / 4, c.rows - 1) * stride + m.lane % 4 * 4;
-  if (!GROUP) m.group(scales, zeros);
-  for (int i = 0, slot = 0; i * WARPS + warp < count; i++, slot = slot + 1 < DEPTH ? slot + 1 : 0) {
-    const int at = i * WARPS + warp, next = at + DEPTH * WARPS;
-    if (GROUP) {
-      const int g = (first + at) / PER - group0;
-      m.group(scales + g * BN, zeros + g * BN);
+  for (int tile = blockIdx.y, slot = 0, odd = 0; tile < tiles; tile += gridDim.y, odd ^= 1) {
+    const u16* scales = (u16*)(tables + odd * c.tables * (3 * BN));
+    const u8* zeros = (const u8*)(scales + c.tables * BN);
+    if (SEVERAL && tile + int(gridDim.y) < tiles) table(tile + gridDim.y, tables + (odd ^ 1) * c.tables * (3 * BN));
+    if (!GROUP) m.group(scales, zeros);
+    for (int i = 0; i < turns; i++, slot = slot + 1 < DEPTH ? slot + 1 : 0) {
+      const int at = i * WARPS + warp;
+      if (GROUP) {
+        const int g = (first + at) / PER - group0;
+        m.group(scales + g * BN, zeros + g * BN);
+      }
+      copies_wait<DEPTH - 1>();
+      m.step(mine + slot * (PLANES * PIECE), of, at * 64);
+      ask(slot);
+      if (GROUP) m.fold();
     }
-    copies_wait<DEPTH - 1>();
-    m.step(mine + slot * (PLANES * PIECE), of, at * 64);
-    if (next < count) m.fetch(mine + slot * (PLANES * PIECE), c, first + next, tile);
-    copies_end();
-    if (GROUP) m.fold();
-  }
-  __syncthreads();  // everybody is done with ring and rows, whose place the partial sums take
-  u32* parts = (u32*)ring;
-  m.store(parts + warp * PART);
-  __syncthreads();
-  const int elements = c.rows * BN;
-  if (c.split > 1) {
-    for (int e = thread; e < elements; e += THREADS) {
-      u32* at = parts + e / BN * PSTRIDE + e % BN;
-      u32 y = at[0];
-      for (int w = 1; w < WARPS; w++) y = plus(y, at[w * PART]);
-      at[0] = y;
+    if (!SEVERAL) __syncthreads();  // everybody is done with ring and rows, whose place the partial sums take
+    m.store(parts + warp * PART);
+    __syncthreads();
+    const int elements = c.rows * BN;
+    if (c.split > 1) {
+      for (int e = thread; e < elements; e += THREADS) {
+        u32* at = parts + e / BN * PSTRIDE + e % BN;
+        u32 y = at[0];
+        for (int w = 1; w < WARPS; w++) y = plus(y, at[w * PART]);
+        at[0] = y;
+      }
+      cluster_sync();
     }
-    cluster_sync();
-  }
-  for (int e = elements * rank / c.split + thread; e < elements * (rank + 1) / c.split; e += THREADS) {
-    const int row = e / BN, o = tile * BN + e % BN;
-    const u32* at = parts + row * PSTRIDE + e % BN;
-    u32 y = c.split > 1 ? remote(at, 0) : at[0];
-    for (int w = 1; w < (c.split > 1 ? c.split : WARPS); w++) y = plus(y, c.split > 1 ? remote(at, w) : at[w * PART]);
-    float value = GROUP ? __uint_as_float(y) : float(int(y)) * real(scales[e % BN]);
-    value *= c.unit[row];
-    if (c.bias) value += wide(c.bias[o]);
-    c.out[i64(row) * c.n + o] = u16(two_16(value, value));
+    for (int e = elements * rank / c.split + thread; e < elements * (rank + 1) / c.split; e += THREADS) {
+      const int row = e / BN, o = tile * BN + e % BN;
+      const u32* at = parts + row * PSTRIDE + e % BN;
+      u32 y = c.split > 1 ? remote(at, 0) : at[0];
+      for (int w = 1; w < (c.split > 1 ? c.split : WARPS); w++) y = plus(y, c.split > 1 ? remote(at, w) : at[w * PART]);
+      float value = GROUP ? __uint_as_float(y) : float(int(y)) * real(scales[e % BN]);
+      value *= c.unit[row];
+      if (c.bias) value += wide(c.bias[o]);
+      c.out[i64(row) * c.n + o] = u16(two_16(value, value));
+    }
+    if (!SEVERAL) break;
+    m.clear();
+    __syncthreads();  // everybody has read the partial sums, and written the next tile's table
   }
   if (c.split > 1) cluster_sync();  // nobody leaves while others read its sums
 }
