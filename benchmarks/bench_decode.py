@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,9 @@ class Layer(nn.Module):
         self.s, self.recipe, self.shared = s, recipe, shared
         self.qkv, self.out = self.linear((s.hq + 2 * s.h) * s.dim, s.width), self.linear(s.width, s.hq * s.dim)
         self.mlp: nn.Module = MLP(s, self.linear)
-        self.before: nn.Module = Norm(s)
-        self.between: nn.Module = Norm(s)
+        self.before: Any = Norm(s)
+        self.between: Any = Norm(s)
+        self.follower: tuple[Any, ...] = ()  # `before` of the layer behind this one
         if recipe.activations is not None and recipe.activations.bits == 8:
             rule = NormRule(EPS, once=True)
             self.before = FusedNorm(self.before, rule, self.qkv)
@@ -106,8 +108,13 @@ class Layer(nn.Module):
         b, s = x.shape[0], self.s
         y = self.qkv(self.before(x)).view(b, s.hq + 2 * s.h, 1, s.dim)
         q, k, v = y[:, : s.hq], y[:, s.hq : s.hq + s.h], y[:, s.hq + s.h :]
-        x = x + self.out(attend(q, k, v).reshape(b, -1))
-        return x + self.mlp(self.between(x))
+        y = self.out(attend(q, k, v).reshape(b, -1))
+        if not isinstance(self.between, FusedNorm):
+            x = x + y
+            return x + self.mlp(self.between(x))
+        x, y = self.between.add(x, y)  # as the stand-ins of transformers' layers do
+        y = self.mlp(y)
+        return self.follower[0].add_ahead(x, y) if self.follower else x + y
 
 
 def dense(n: int, k: int, s: Sizes) -> nn.Linear:
@@ -179,6 +186,8 @@ class Model:
         shared, self.s, self.recipe = Shared(), s, recipe
         linear = recipe.linear or Recipe()
         self.layers = nn.ModuleList([Layer(s, linear, shared) for _ in range(s.layers)])
+        for layer, behind in pairwise(self.layers):
+            layer.follower = (behind.before,) if isinstance(behind.before, FusedNorm) else ()
         eight = recipe.weights is not None and recipe.weights.head
         self.head = packed(s.vocabulary, s.width, head_recipe(recipe), None, s) if eight else dense(
             s.vocabulary, s.width, s)  # fmt: skip

@@ -88,6 +88,11 @@ def check_norm(k: int, m: int, dtype: torch.dtype, rule: NormRule, device: str) 
     same(got, y)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + rule.eps).sqrt() * (w.double() + rule.shift)
     assert rms(y - exact) <= 2 * rms(fused.rms_norm(x, w, rule) - exact)
+    other = x.flip(-1) / 2
+    total, z, sum_rows = rows.add_norm_quantize(x, other, w, rule, A8)
+    assert torch.equal(total, x + other)
+    alone, want = rows.norm_quantize(total, w, rule, A8)
+    assert torch.equal(z, alone) and torch.equal(sum_rows.codes, want.codes) and torch.equal(sum_rows.unit, want.unit)
 
 
 def check_gate(k: int, m: int, dtype: torch.dtype, activation: str, device: str) -> None:
@@ -140,6 +145,7 @@ def test_operands_that_do_not_fit_are_refused(emulated):
         lambda: rows.quantize(x.float(), A8),
         lambda: rows.norm_quantize(x, w.float(), RULES[0], A8),
         lambda: rows.norm_quantize(x, w[:128], RULES[0], A8),
+        lambda: rows.add_norm_quantize(x, x[:1], w, RULES[0], A8),
         lambda: rows.gate_quantize(x, x[:1], "silu", A8),
         lambda: rows.gate_quantize(x, x.half(), "silu", A8),
     ):
@@ -150,7 +156,7 @@ def test_operands_that_do_not_fit_are_refused(emulated):
 @pytest.mark.parametrize("k", [128, 896, 1536, 4096, 11008, 14336, 18944, 28672, 32768])
 def test_every_shape_fits_a_block(k):
     """All of a row is in it, and the GPU has the threads, registers and memory of all that are resident."""
-    for mode in (rows.NOTHING, rows.NORM, rows.GATE):
+    for mode in rows.REGISTERS:
         s = rows.shape_of(k, mode)
         assert s.threads <= 1024 and s.threads % 32 == 0 and s.threads * rows.EACH >= k
         assert s.resident * s.shared <= 227 * 1024 and s.resident * s.threads * 64 <= 65536
@@ -208,8 +214,8 @@ def test_a_chain_in_a_graph_has_the_bits_of_single_calls(m):
 
 
 @pytest.mark.nvrtc
-@pytest.mark.parametrize(("k", "mode"), [(4096, 0), (4096, 1), (14336, 2), (896, 2)])
+@pytest.mark.parametrize(("k", "mode"), [(4096, 0), (4096, 1), (14336, 2), (896, 2), (8192, 3)])
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_the_source_compiles(k, mode, dtype):
-    source = rows.config(k, rows.shape_of(k, mode), mode, False, "silu", mode == rows.NORM, 1, dtype == BF16)
+    source = rows.config(k, rows.shape_of(k, mode), mode, False, "silu", 1, dtype == BF16)
     assert nvrtc.compile_source("quantize.cu", source, "sm_90a")[:4] == b"\x7fELF"

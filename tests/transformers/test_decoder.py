@@ -2,6 +2,7 @@
 
 import copy
 import io
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from turboquant import TurboQuantCache
 from turboquant.integrations.transformers import quantize
 from turboquant.integrations.transformers.decoder import decoder_rule, explain_decoders
 from turboquant.kernels import ops
+from turboquant.kernels.cpu import rows
 from turboquant.kernels.cpu.cache import isas
 from turboquant.kernels.cpu.step import DecoderStep
 from turboquant.layers.convert import dequantize_model
@@ -369,3 +371,86 @@ def test_another_formula_is_refused(what, tiny):
 
     layer.__class__, layer.self_attn.__class__ = Layer, Attention
     assert REFUSED[what] in decoder_rule(layer)
+
+
+@pytest.fixture
+def sums(monkeypatch):
+    """Additions made by norms, as a backend with such a kernel makes them; no layer runs in two calls."""
+    seen, own = [], ops.fused
+
+    def add_norm_quantize(x, y, weight, rule, recipe):
+        seen.append(x.shape)
+        total = x + y
+        return total, *rows.norm_quantize(total, weight, rule, recipe)
+
+    def fused(op, *args):
+        return {"add_norm_quantize": add_norm_quantize, "decoder_step": None}.get(op) or own(op, *args)
+
+    monkeypatch.setattr(ops, "fused", lambda op, *args: None if op == "decoder_step" else fused(op, *args))
+    return seen
+
+
+def test_additions_by_norms_have_the_bits_of_the_modules(tiny, sums):
+    """With any cache or none; of three layers the last one's second addition has no quantized norm behind it."""
+    model = prepared(tiny, "qwen2")
+    plain = by_modules(model)
+    with torch.no_grad():
+        got, want = (m(ids(7)).logits for m in (model, plain))
+    assert torch.equal(got, want) and len(sums) == 2 * 3 - 1
+    sums.clear()
+    assert torch.equal(steps(model), steps(plain)) and len(sums) == 5 * 5
+    sums.clear()
+    assert (
+        torch.equal(steps(copy.deepcopy(model)), steps(plain)) and len(sums) == 3 * 5
+    )  # a copy's layers know no other
+
+
+@pytest.mark.parametrize("what", ALTERED)
+def test_additions_of_a_layer_that_was_altered(what, tiny, sums):
+    dtype = torch.float32 if what == "norm in bf16" else torch.bfloat16
+    model = prepared(tiny, "qwen2", dtype=dtype)
+    steps(model)
+    sums.clear()
+    altered(model, what)
+    got = steps(model)
+    assert 0 < len(sums) < 5 * 5
+    if what != "forward":
+        assert torch.equal(got, steps(by_modules(model)))
+
+
+def test_a_norm_that_is_ahead_is_forgotten(tiny, sums):
+    """What an addition left for the next norm is for that very sum: not where a hook replaces or changes it, and not
+    once the norm's weight was written."""
+    model = prepared(tiny, "qwen2")
+    for change in (lambda x: x * 2, lambda x: x.mul_(2)):
+        changed, plain = copy.deepcopy(model), by_modules(model)
+        quantize_ahead(changed)
+        for m in (changed, plain):
+            m.model.layers[0].register_forward_hook(lambda module, args, out, change=change: change(out))
+        with torch.no_grad():
+            assert torch.equal(changed(ids(7)).logits, plain(ids(7)).logits)
+    norm, (x, y) = model.model.layers[1].input_layernorm, torch.randn(2, 3, 48).bfloat16()
+    with torch.no_grad():
+        total = norm.add_ahead(x, y)
+        first = norm(total)
+        assert norm(total) is first and torch.equal(first, norm(total.clone()))
+        norm.weight.mul_(2)
+        assert torch.equal(norm(total), norm(total.clone())) and not torch.equal(norm(total), first)
+
+
+def quantize_ahead(model):
+    """Make a copy's layers know the norm behind them again."""
+    for layer, behind in pairwise(model.model.layers):
+        layer.follower = (behind.input_layernorm,)
+
+
+def test_no_additions_by_norms_where_gradients_or_inference_mode_are(tiny, sums):
+    model = prepared(tiny, "qwen2")
+    assert all(p.requires_grad for p in model.model.layers[0].input_layernorm.parameters())
+    model(ids(5)).logits.float().sum().backward()
+    with torch.inference_mode():
+        model(ids(5))
+    model.train()
+    with torch.no_grad():
+        model(ids(5))
+    assert not sums

@@ -62,6 +62,14 @@ def norm_quantize(x: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationR
     return y, rows
 
 
+def add_norm_quantize(
+    x: Tensor, y: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationRecipe
+) -> tuple[Tensor, Tensor, Int8Rows]:
+    """x + y, both (..., K) of one float dtype; and of this `norm_quantize`."""
+    total = x + y
+    return total, *norm_quantize(total, weight, rule, recipe)
+
+
 def gate_quantize(gate: Tensor, up: Tensor, activation: str, recipe: ActivationRecipe) -> Int8Rows:
     """Rotated int8 rows of activation(gate)·up; both (..., K) of one float dtype, activation one of ACTIVATIONS."""
     rows = quantize(ACTIVATIONS[activation](gate) * up, recipe)

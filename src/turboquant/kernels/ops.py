@@ -28,7 +28,7 @@ from turboquant.packed.tensor import PackedTensor
 from turboquant.recipe import ActivationRecipe, parse_recipe
 
 OPS = ("cache_append", "cache_attention")
-LINEAR_OPS = ("rotate", "quantize", "norm_quantize", "gate_quantize", "linear")
+LINEAR_OPS = ("rotate", "quantize", "norm_quantize", "add_norm_quantize", "gate_quantize", "linear")
 BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
 INTERPRETED = {"triton": "cpu"}  # device type on which a backend is an interpreter, which "auto" does not choose
 _forced: ContextVar[str] = ContextVar("turboquant_backend", default="auto")
@@ -153,7 +153,7 @@ def explain_linear(spec: LinearSpec, device: torch.device | str = "cpu") -> list
         return rows
     quantizes = next(r["kernel"] for r in rows if r["op"] == "quantize")
     for r in rows:
-        if r["op"] in ("norm_quantize", "gate_quantize") and r["kernel"] == "reference":
+        if r["op"].endswith("_quantize") and r["kernel"] == "reference":
             r |= {"kernel": quantizes, "why": f"quantize after the model's own operations: {r['why']}"}
     return rows
 
@@ -335,8 +335,8 @@ def forced() -> str:
 
 
 def fused(op: str, spec: LinearSpec, device: torch.device) -> Any:
-    """A kernel's "norm_quantize" or "gate_quantize" (contracts in `fused`), "linears" or "mlp" (contracts in
-    `cpu.linear`), or "decoder_step" (`cpu.step.DecoderStep`) for a layer of 8-bit inputs.
+    """A kernel's "norm_quantize", "add_norm_quantize" or "gate_quantize" (contracts in `fused`), "linears" or "mlp"
+    (contracts in `cpu.linear`), or "decoder_step" (`cpu.step.DecoderStep`) for a layer of 8-bit inputs.
 
     Returns:
         None where no backend has one, or the layer itself runs on the reference, which quantizes its rows itself.

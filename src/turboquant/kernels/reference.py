@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from turboquant.kernels.fused import gate_quantize, norm_quantize  # noqa: F401 - ops of this backend too
+from turboquant.kernels.fused import add_norm_quantize, gate_quantize, norm_quantize  # noqa: F401 - ops of this backend too
 from turboquant.kernels.linear import linear, quantize, rotate  # noqa: F401 - ops of this backend too
 from turboquant.maths.codec import (
     FP16_MAX,

@@ -113,6 +113,10 @@ class Step:
         made = self._made
         return None if made is None or not 0 < x.numel() <= made.most * made.width else made
 
+    def unchanged(self) -> bool:
+        """Whether the modules compute what they did when the layer was tried."""
+        return self._changed() is None
+
     def refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why no rows of a dtype on a device run in two calls, None if up to `most` do."""
         return self._changed() or self._unfit(dtype, device, self._tensors())

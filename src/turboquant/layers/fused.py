@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from turboquant.kernels import ops
 from turboquant.kernels.fused import ACTIVATIONS, NormRule, norm_refusal, rms_norm
-from turboquant.kernels.linear import Coded
+from turboquant.kernels.linear import Coded, Shared
 from turboquant.layers.linear import QuantLinear
 from turboquant.layers.together import Together
 
@@ -150,21 +150,53 @@ class FusedNorm(nn.Module):
     def __init__(self, norm: nn.Module, rule: NormRule, reader: QuantLinear) -> None:
         super().__init__()
         self.register_parameter("weight", norm._parameters["weight"])
-        self.rule, self.own, self.slot = rule, (norm,), reader.slot
+        self.rule, self.own, self.slot, self.ahead = rule, (norm,), reader.slot, Shared()
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K) in x's dtype."""
-        run = None
-        plain = torch.compiler.is_compiling() or x.is_inference() or not x.numel() or ops.wants_grad(x, self.weight)
-        if not plain and norm_refusal(self.weight, x.dtype) is None:
-            run = ops.fused("norm_quantize", self.slot.spec(x.dtype), x.device)
-        recipe, shared = self.slot.recipe.activations, self.slot.shared
-        if run is None or recipe is None or shared is None:
+        y: Tensor | None = self.ahead.made(x, self._stamp())
+        if y is not None:
+            return y
+        run, (recipe, shared) = self.kernel("norm_quantize", x), self._reader()
+        if run is None or shared is None:
             return rms_norm(x, self.weight, self.rule)
         y, rows = run(x, self.weight, self.rule, recipe)
         shared.put(y, recipe, rows)
         return y
+
+    def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, both (..., K), and the norm of it: in one pass where a backend has a kernel for it, in two else."""
+        run, (recipe, shared) = self.kernel("add_norm_quantize", x, y), self._reader()
+        if run is None or shared is None or x.shape != y.shape or x.dtype != y.dtype:
+            x = x + y
+            return x, self(x)
+        x, y, rows = run(x, y, self.weight, self.rule, recipe)
+        shared.put(y, recipe, rows)
+        return x, y
+
+    def add_ahead(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + y; its norm is kept for when this module is called with that very tensor."""
+        if self.kernel("add_norm_quantize", x, y) is None:
+            return x + y
+        x, y = self.add(x, y)
+        self.ahead.put(x, self._stamp(), y)
+        return x
+
+    def kernel(self, op: str, *inputs: Tensor) -> Any:
+        """An op of `kernels.fused` for these inputs; None where torch's operations run."""
+        x = inputs[0]
+        if torch.compiler.is_compiling() or not x.numel() or any(t.is_inference() for t in inputs):
+            return None
+        if ops.wants_grad(*inputs, self.weight) or norm_refusal(self.weight, x.dtype) is not None:
+            return None
+        return None if self._reader()[0] is None else ops.fused(op, self.slot.spec(x.dtype), x.device)
+
+    def _stamp(self) -> int:
+        return -1 if self.weight.is_inference() else self.weight._version
+
+    def _reader(self) -> tuple[Any, Shared | None]:
+        return self.slot.recipe.activations, self.slot.shared
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.rule}"

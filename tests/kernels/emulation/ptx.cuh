@@ -246,3 +246,4 @@ static float exp2_(float x) { return std::exp2(x); }
 static u32 larger(u32 a, u32 b) { return larger_16(a, b) | u32(larger_16(a >> 16, b >> 16)) << 16; }
 static u32 two_16(float lo, float hi) { return one_16(lo) | u32(one_16(hi)) << 16; }
 static u32 times_16(u32 a, u32 b) { return two_16(wide_low(a) * wide_low(b), wide_high(a) * wide_high(b)); }
+static u32 plus_16(u32 a, u32 b) { return two_16(wide_low(a) + wide_low(b), wide_high(a) + wide_high(b)); }

@@ -1,4 +1,5 @@
-"""Decoder layers of transformers that run a step of a few tokens in two native calls around the cache's attention.
+"""Decoder layers of transformers that run a step of a few tokens in two native calls around the cache's attention, or
+leave their two additions to the norms behind them.
 
 A stand-in is a subclass of the layer's own class under the same name, with the layer's own parameters, children and
 hooks, so that whatever looks for that class finds it. Whether a layer computes what the calls compute is found by
@@ -7,6 +8,7 @@ forward runs where it may not: other caches, prompts, adapters, hooks, gradients
 """
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from turboquant.integrations.transformers.attention import NAME, Pending, attent
 from turboquant.integrations.transformers.cache import TurboQuantCache
 from turboquant.kernels.fused import rms_norm
 from turboquant.layers.decoder import Formula, Step, parts_refusal
-from turboquant.layers.fused import Decoder, bare
+from turboquant.layers.fused import Decoder, FusedNorm, bare
 
 try:  # not public: without it, recording hooks count as any others
     from transformers.utils.output_capturing import _active_collector
@@ -28,6 +30,11 @@ class _Forward(Decoder):
     """What a stand-in adds to the class of its layer."""
 
     self_attn: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    mlp: Any
+    step: Any
+    follower: tuple[Any, ...]  # the norm of the layer behind this one, if that is a stand-in too
     training: bool
 
     def forward(
@@ -52,19 +59,21 @@ class _Forward(Decoder):
                     k, v = past_key_values.update(k, v, attention.layer_idx)
                     out, _ = attention_forward(attention, q, k, v, attention_mask, scaling=attention.scaling)
                     return run.after(hidden_states, out)
-        return super().forward(  # type: ignore[misc]
-            hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        given = kwargs | {
+            "attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values,
+            "use_cache": use_cache, "position_embeddings": position_embeddings,
+        }  # fmt: skip
+        if not kwargs and _adds(self, hidden_states):
+            x = hidden_states
+            out, _ = self.self_attn(hidden_states=self.input_layernorm(x), **given)
+            x, y = self.post_attention_layernorm.add(x, out)
+            y = self.mlp(y)
+            return self.follower[0].add_ahead(x, y) if self.follower else x + y
+        return super().forward(hidden_states, **given)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Of the layer's own class, as the stand-in's is made at run time."""
-        state = {n: v for n, v in self.__dict__.items() if n not in ("own", "step", "formula")}
+        state = {n: v for n, v in self.__dict__.items() if n not in ("own", "step", "formula", "follower")}
         return _rebuilt, self.own, state
 
 
@@ -89,6 +98,15 @@ def _renewed(layer: Any) -> bool:
         return False
     layer.step = None if _refusal(layer) else Step(layer, layer.formula, _idle)
     return layer.step is not None
+
+
+def _adds(layer: Any, x: Tensor) -> bool:
+    """Whether norms make the layer's additions now: a kernel does both, and the modules are what they were."""
+    norm = layer.post_attention_layernorm
+    if layer.training or not isinstance(norm, FusedNorm) or norm.kernel("add_norm_quantize", x) is None:
+        return False
+    _renewed(layer)
+    return layer.step is not None and layer.step.unchanged()
 
 
 class _Probe:
@@ -191,6 +209,11 @@ def fuse_decoders(model: nn.Module) -> list[dict[str, Any]]:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _stand_in(layer, Formula(layer)))
         rows.append({"name": name, "op": "decoder_step", "fused": why is None, "why": why or "Llama's formula"})
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            for layer, behind in pairwise(stack):
+                if isinstance(layer, _Forward) and isinstance(behind, _Forward):
+                    layer.follower = (behind.input_layernorm,)
     return rows
 
 
@@ -228,7 +251,7 @@ def _stand_in(layer: nn.Module, formula: Formula | str) -> Any:
     kind: Any = type(own.__name__, (_Forward, own), {"__module__": own.__module__})
     new: Any = kind.__new__(kind)
     new.__dict__.update(layer.__dict__)  # one set of children, parameters and hooks
-    new.own, new.step, new.formula = (layer,), None, formula
+    new.own, new.step, new.formula, new.follower = (layer,), None, formula, ()
     return new
 
 

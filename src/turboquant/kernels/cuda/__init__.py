@@ -11,14 +11,14 @@ from turboquant.kernels.cuda.append import cache_append
 from turboquant.kernels.cuda.attention import MAX_ROWS, MAX_TOKENS, cache_attention
 from turboquant.kernels.cuda.common import DTYPES, refusal
 from turboquant.kernels.cuda.linear import linear, note
-from turboquant.kernels.cuda.rows import gate_quantize, norm_quantize, quantize
+from turboquant.kernels.cuda.rows import add_norm_quantize, gate_quantize, norm_quantize, quantize
 from turboquant.packed.page import PageLayout
 
 GRADIENTS = False
 
 __all__ = [
-    "DTYPES", "GRADIENTS", "cache_append", "cache_attention", "gate_quantize", "linear", "norm_quantize", "note",
-    "quantize", "serves", "supports",
+    "DTYPES", "GRADIENTS", "add_norm_quantize", "cache_append", "cache_attention", "gate_quantize", "linear",
+    "norm_quantize", "note", "quantize", "serves", "supports",
 ]  # fmt: skip
 
 

@@ -18,19 +18,25 @@ from turboquant.maths.activations import Int8Rows
 from turboquant.maths.rotation import hadamard_block, signs
 from turboquant.recipe import ActivationRecipe
 
-OPS = ("quantize", "norm_quantize", "gate_quantize")
-NOTHING, NORM, GATE = 0, 1, 2
+OPS = ("quantize", "norm_quantize", "add_norm_quantize", "gate_quantize")
+NOTHING, NORM, GATE, ADD_NORM = range(4)
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 EACH, MOST = 32, 1024  # numbers of a thread, threads of a block
-REGISTERS = {NOTHING: 96, NORM: 96, GATE: 128}  # of a thread
-EARLY = {NOTHING: 2, NORM: 2, GATE: 1}  # where few rows let the product behind them in: 1 behind their loads, 2 before
+REGISTERS = {NOTHING: 96, NORM: 96, GATE: 128, ADD_NORM: 128}  # of a thread
+EARLY = {
+    NOTHING: 2,
+    NORM: 2,
+    GATE: 1,
+    ADD_NORM: 2,
+}  # where few rows let the product behind them in: 1 behind their loads, 2 before
+NO_RULE = NormRule(0.0)
 BLOCKS = (128, 8192)  # the smallest and the largest block of the rotation
 
 
 class _Call(ctypes.Structure):  # mirrors `Call` of csrc/quantize.cu
     _fields_ = [
-        *[(n, ctypes.c_void_p) for n in ("x", "other", "sign", "keep", "codes", "unit")],
-        *[(n, ctypes.c_longlong) for n in ("x_stride", "other_stride")],
+        *[(n, ctypes.c_void_p) for n in ("x", "other", "sign", "plus", "sum", "keep", "codes", "unit")],
+        *[(n, ctypes.c_longlong) for n in ("x_stride", "other_stride", "plus_stride")],
         *[(n, ctypes.c_float) for n in ("eps", "shift", "scale")], ("rows", ctypes.c_int),
     ]  # fmt: skip
 
@@ -65,23 +71,23 @@ def shape_of(k: int, mode: int) -> Shape:
     return Shape(threads, max(1, MOST // REGISTERS[mode] * 64 // threads), shared)
 
 
-def config(k: int, shape: Shape, mode: int, once: bool, activation: str, keep: bool, early: int, bf16: bool) -> str:
+def config(k: int, shape: Shape, mode: int, once: bool, activation: str, early: int, bf16: bool) -> str:
     """config.cuh."""
     numbers = {
-        "K": k, "BLOCK": hadamard_block(k), "THREADS": shape.threads, "RESIDENT": shape.resident, "MODE": mode,
-        "ONCE": int(once), "ACT": _ACTIVATIONS[activation], "KEEP": int(keep), "EARLY": early, "BF16": int(bf16),
-        "BUFFERS": 1,
+        "K": k, "BLOCK": hadamard_block(k), "THREADS": shape.threads, "RESIDENT": shape.resident,
+        "MODE": NORM if mode == ADD_NORM else mode, "ADD": int(mode == ADD_NORM), "ONCE": int(once),
+        "ACT": _ACTIVATIONS[activation], "EARLY": early, "BF16": int(bf16), "BUFFERS": 1,
     }  # fmt: skip
     return "\n".join(["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items()), ""])
 
 
 @lru_cache(maxsize=4096)
 def _kernel(
-    k: int, mode: int, once: bool, activation: str, keep: bool, early: int, dtype: torch.dtype, device: torch.device
+    k: int, mode: int, once: bool, activation: str, early: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Shape]:
     """(kernel, its shape)."""
     shape = shape_of(k, mode)
-    source = config(k, shape, mode, once, activation, keep, early, dtype == torch.bfloat16)
+    source = config(k, shape, mode, once, activation, early, dtype == torch.bfloat16)
     return nvrtc.functions("quantize.cu", source, ("quantize",), device, shape.shared)[0], shape
 
 
@@ -108,11 +114,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _launch(
-    mode: int, x: Tensor, other: Tensor | None, keep: Tensor | None = None, eps: float = 0.0, shift: float = 0.0,
-    once: bool = False, activation: str = "silu",
+    mode: int, x: Tensor, other: Tensor | None, plus: Tensor | None = None, out: tuple[Tensor, ...] = (),
+    rule: NormRule = NO_RULE, activation: str = "silu",
 ) -> Int8Rows:  # fmt: skip
     """x: (..., K), of the activation if there is one; other: the norm's weight (K,) or what the activation is
-    multiplied with, like x.
+    multiplied with, like x; plus: like x, what is added to it; out: like x and dense, for what the norm returns, and
+    for the sum.
 
     Raises:
         ValueError: another shape or dtype.
@@ -120,20 +127,21 @@ def _launch(
     k = x.shape[-1]
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"rows are {x.dtype}, expected bfloat16 or float16")
-    want = x.shape if mode == GATE else x.shape[-1:]
-    if other is not None and (other.shape != want or other.dtype != x.dtype):
-        raise ValueError(f"beside rows of {tuple(x.shape)} {x.dtype} stands {tuple(other.shape)} {other.dtype}")
-    flat = _rows(x)
-    m, second = len(flat), flat if other is None else _rows(other)
+    for t, want in ((other, x.shape if mode == GATE else x.shape[-1:]), (plus, x.shape)):
+        if t is not None and (t.shape != want or t.dtype != x.dtype):
+            raise ValueError(f"beside rows of {tuple(x.shape)} {x.dtype} stands {tuple(t.shape)} {t.dtype}")
+    flat, second, third = (_rows(x if t is None else t) for t in (x, other, plus))
+    m = len(flat)
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     unit = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     if m:
         early = EARLY[mode] if m <= FEW else 0
-        kernel, shape = _kernel(k, mode, once, activation, keep is not None, early, x.dtype, x.device)
+        kernel, shape = _kernel(k, mode, rule.once, activation, early, x.dtype, x.device)
+        kept, total = (t.data_ptr() for t in (*out, codes, codes)[:2])
         call = _Call(
-            flat.data_ptr(), second.data_ptr(), _signs(k, x.device).data_ptr(), 0 if keep is None else keep.data_ptr(),
-            codes.data_ptr(), unit.data_ptr(), flat.stride(0), second.stride(0), eps, shift,
-            hadamard_block(k) ** -0.5, m,
+            flat.data_ptr(), second.data_ptr(), _signs(k, x.device).data_ptr(), third.data_ptr(), total, kept,
+            codes.data_ptr(), unit.data_ptr(), flat.stride(0), second.stride(0), third.stride(0), rule.eps,
+            rule.shift, hadamard_block(k) ** -0.5, m,
         )  # fmt: skip
         blocks = min(m, _processors(x.device) * shape.resident)
         stream = nvrtc.stream_of(x.device)
@@ -150,7 +158,15 @@ def quantize(x: Tensor, recipe: ActivationRecipe, hot: Any = None) -> Int8Rows:
 def norm_quantize(x: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationRecipe) -> tuple[Tensor, Int8Rows]:
     """Contract in `kernels.fused.norm_quantize`; the sum of squares runs in another order."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, _launch(NORM, x.detach(), weight.detach(), y, rule.eps, rule.shift, rule.once)
+    return y, _launch(NORM, x.detach(), weight.detach(), None, (y,), rule)
+
+
+def add_norm_quantize(
+    x: Tensor, y: Tensor, weight: Tensor, rule: NormRule, recipe: ActivationRecipe
+) -> tuple[Tensor, Tensor, Int8Rows]:
+    """Contract in `kernels.fused.add_norm_quantize`; the sum of squares runs in another order."""
+    out, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    return total, out, _launch(ADD_NORM, x.detach(), weight.detach(), y.detach(), (out, total), rule)
 
 
 def gate_quantize(gate: Tensor, up: Tensor, activation: str, recipe: ActivationRecipe) -> Int8Rows:

@@ -137,6 +137,15 @@ DEVICE u32 times_16(u32 a, u32 b) {  // products of two pairs in the model's dty
 #endif
   return d;
 }
+DEVICE u32 plus_16(u32 a, u32 b) {  // and sums
+  u32 d;
+#if BF16
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(0x3F803F80u), "r"(b));
+#else
+  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+  return d;
+}
 DEVICE float half_(u16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));

@@ -1,4 +1,4 @@
-// Rows -> rotated int8 with one unit a row, in one pass behind (RMSNorm | activation·x | nothing).
+// Rows -> rotated int8 with one unit a row, in one pass behind (RMSNorm of x or of a sum | activation·x | nothing).
 //
 // Blocks take rows in turns and load the next one's while they work. A thread has 32 numbers of a row in registers. The
 // butterflies of the Walsh-Hadamard transform are over the bits of a number's column, and where those are: at first
@@ -8,7 +8,7 @@
 // more and leave in pieces of 16 bytes.
 //
 // config.cuh, written by rows.py: K (numbers of a row), BLOCK (of the rotation, 128 to 8192), THREADS, RESIDENT (blocks
-// of a multiprocessor), MODE (0 nothing, 1 norm, 2 gate), ONCE, ACT (0 silu, 1 gelu_tanh), KEEP, EARLY, BF16.
+// of a multiprocessor), MODE (0 nothing, 1 norm, 2 gate), ADD, ONCE, ACT (0 silu, 1 gelu_tanh), EARLY, BF16.
 #include "tensor.cuh"
 
 constexpr int E = 32, TEAM = BLOCK / E, WARPS = THREADS / 32;  // numbers of a thread, threads of a Hadamard block
@@ -27,10 +27,11 @@ constexpr float MAGIC = 12582912.f;  // 1.5·2^23: the sum's low bits are the ro
 struct Call {
   const u16 *x, *other;        // x: of the activation, if there is one; other: the norm's weight (K), or what it multiplies
   const u32* sign;             // of each thread's numbers, a bit each: (pair, low or high)
-  u16* keep;                   // (rows, K)
+  const u16* plus;             // (rows, K): the norm is of x + plus
+  u16 *sum, *keep;             // (rows, K): x + plus, and what a norm returns
   u8* codes;                   // (rows, K) int8
   float* unit;                 // (rows)
-  i64 x_stride, other_stride;  // of rows, in numbers
+  i64 x_stride, other_stride, plus_stride;  // of rows, in numbers
   float eps, shift, scale;     // scale: of the rotation
   int rows;
 };
@@ -43,6 +44,12 @@ DEVICE void load(u32 (&to)[E / 2], const u16* from, int t) {
     if (piece_of(t, i) < K) a = *(const uint4*)(from + piece_of(t, i));
     to[4 * i] = a.x, to[4 * i + 1] = a.y, to[4 * i + 2] = a.z, to[4 * i + 3] = a.w;
   }
+}
+DEVICE void keep(u16* to, const u32 (&from)[E / 2], int t) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    if (piece_of(t, i) < K)
+      *(uint4*)(to + piece_of(t, i)) = make_uint4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
 }
 DEVICE void team_sync(int team) {  // the threads of a Hadamard block
   if (TEAM <= 32) __syncwarp();
@@ -82,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize(const _
   u8* bytes = memory + BYTES_AT;
   const int t = threadIdx.x, lane = t & 31, warp = t / 32, team = t / TEAM;
   if (EARLY == 2) start_next();
-  u32 x[E / 2], other[E / 2], h[4];
+  u32 x[E / 2], other[E / 2], plus[E / 2], h[4];
   const u32 sign = c.sign[t], one = BF16 ? 0x3F80u : 0x3C00u;
 #pragma unroll
   for (int i = 0; i < 4; i++) {  // of the ±1 of a row and two columns
@@ -95,6 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize(const _
   wait_for_previous();
   int row = blockIdx.x;
   load(x, c.x + row * c.x_stride, t);
+  if (ADD) load(plus, c.plus + row * c.plus_stride, t);
   if (MODE) load(other, c.other + (MODE == 2 ? row * c.other_stride : 0), t);
   if (MODE == 1 && !ONCE && c.shift != 0)
 #pragma unroll
@@ -102,6 +110,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize(const _
   if (EARLY == 1) start_next();
   for (int turns = 0; row < c.rows; turns ^= 1) {
     u32 now[E / 2];
+    if (ADD) {
+#pragma unroll
+      for (int i = 0; i < E / 2; i++) x[i] = plus_16(x[i], plus[i]);
+      keep(c.sum + i64(row) * K, x, t);
+    }
     if (MODE == 1) {
       float square = 0;
 #pragma unroll
@@ -131,14 +144,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize(const _
     const int next = row + gridDim.x;
     if (next < c.rows) {
       load(x, c.x + next * c.x_stride, t);
+      if (ADD) load(plus, c.plus + next * c.plus_stride, t);
       if (MODE == 2) load(other, c.other + next * c.other_stride, t);
     }
-    if (KEEP)
-#pragma unroll
-      for (int i = 0; i < 4; i++)
-        if (piece_of(t, i) < K)
-          *(uint4*)(c.keep + i64(row) * K + piece_of(t, i)) =
-              make_uint4(now[4 * i], now[4 * i + 1], now[4 * i + 2], now[4 * i + 3]);
+    if (MODE == 1) keep(c.keep + i64(row) * K, now, t);
 #pragma unroll
     for (int i = 0; i < E / 2; i++) now[i] ^= sign << (15 - i) & 0x80008000u;
     float v[E];  // registers by bits 1, 8, 9, 5, 2
