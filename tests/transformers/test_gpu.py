@@ -10,8 +10,9 @@ STEPS = 150  # two pages complete
 
 
 @torch.no_grad()
-def decode(model, ids, recipe, step=None, graph=False):
-    """(tokens, logits) of STEPS greedy steps; `step` in place of the model, or all but two replayed by a graph."""
+def decode(model, ids, recipe, step=None, graph=False, said=None):
+    """(tokens, logits) of STEPS greedy steps; `step` in place of the model, or all but two replayed by a graph; with
+    `said` these are the tokens that go in."""
     cache = TurboQuantCache(model, recipe, max_tokens=ids.shape[1] + STEPS)
     token = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
     position = torch.full_like(token, ids.shape[1])
@@ -26,6 +27,8 @@ def decode(model, ids, recipe, step=None, graph=False):
     def keep(out):
         tokens.append(token.clone())
         logits.append(out.clone())
+        if said is not None:
+            token.copy_(said[:, len(tokens) - 1 : len(tokens)])
 
     for _ in range(2 if graph else STEPS):
         keep(run())
@@ -46,7 +49,9 @@ def decode(model, ids, recipe, step=None, graph=False):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma3"])
 def test_replayed_and_compiled_steps_are_plain_steps(name, dtype, recipe, tiny):
-    """Three sequences, over two page boundaries; compiled by aot_eager, of which the tokens are compared."""
+    """Three sequences, over two page boundaries; compiled by aot_eager, of which the tokens are compared. Rows that are
+    quantized behind a norm are summed up in another order there, for the compiler sees torch's norm: of two logits that
+    are nearly equal either may be the larger then."""
     if recipe != "kv4" and dtype == torch.float32:
         recipe = "w4a8kv4"  # humming takes 16-bit rows; groups by the plain product
     sizes = dict(head_dim=64, hidden_size=256, intermediate_size=512, sliding_window=48 if name == "gemma3" else None)
@@ -60,5 +65,13 @@ def test_replayed_and_compiled_steps_are_plain_steps(name, dtype, recipe, tiny):
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     torch.compiler.reset()
-    got = decode(model, ids, "kv4", torch.compile(model, fullgraph=True, backend="aot_eager"))
-    assert torch.equal(got[0], want[0])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = decode(model, ids, "kv4", compiled, said=want[0])
+    other = got[0] != want[0]
+    if recipe == "kv4" or dtype == torch.float32:
+        assert not other.any()
+        return
+    assert other.float().mean() < 0.05
+    behind = want[1].amax(-1) - want[1].gather(-1, got[0][..., None])[..., 0]
+    assert (behind[other] < 0.1 * want[1].float().std()).all()
+    assert (got[1] - want[1]).float().std() < 0.05 * want[1].float().std()
