@@ -119,6 +119,20 @@ def in_place(model):
     model.model.layers[0].register_forward_hook(lambda m, a, y: y.add_(1))
 
 
+def angles_changed(model):
+    def turned(m, a, k):
+        cos, sin = k["position_embeddings"]
+        return a, k | {"position_embeddings": (sin.clone(), cos.clone())}
+
+    model.model.layers[1].register_forward_pre_hook(turned, with_kwargs=True)
+
+
+def angles_written(model):
+    model.model.layers[2].register_forward_pre_hook(
+        lambda m, a, k: (k["position_embeddings"][0].mul_(0.5), None)[1], with_kwargs=True
+    )
+
+
 def early(model):
     model.config.num_hidden_layers = 2
 
@@ -154,15 +168,16 @@ def moved(model):
 
 
 CHANGES = {
-    "hook": hook, "hook taken off": hook, "pre-hook": pre_hook, "in place": in_place, "early": early, "skip": skip,
-    "adapter": adapter, "weight": weight, "moved": moved,
+    "hook": hook, "hook taken off": hook, "pre-hook": pre_hook, "in place": in_place, "angles": angles_changed,
+    "angles written": angles_written, "early": early, "early once": early, "skip": skip, "adapter": adapter,
+    "weight": weight, "moved": moved,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_model_that_goes_on_in_another_way(what, tiny, several):
-    back = (unhook, 1, 1, 1) if what == "hook taken off" else ()
-    parts = (30, 1, 1, 1, CHANGES[what], 1, 2, 1, 1, *back)
+    after = {"hook taken off": (1, 2, unhook, 1, 1, 1), "early once": (1, late, 20, 1)}  # 40 rows run by modules
+    parts = (30, 1, 1, 1, CHANGES[what], *after.get(what, (1, 2, 1, 1)))
     out, caches = [], []
     for kind in (TurboQuantCache, Alone):
         model = tiny("qwen2").bfloat16()
@@ -218,7 +233,7 @@ def test_what_a_call_of_several_layers_leaves_out_is_not_patched(what, model, se
     if what == "own step":
         cache.layers[1].cache.step = noted(cache.layers[1].cache.step)
     elif what == "training":
-        model.model.layers[0].train()
+        model.model.layers[1].train()
     elif what == "attention":
         model.set_attn_implementation("eager")
     else:
