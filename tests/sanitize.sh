@@ -24,7 +24,7 @@ sys.meta_path[:] = [f for f in sys.meta_path if "Redirect" not in type(f).__name
 import pytest
 import turboquant.kernels.cpu as cpu
 assert "sanitize" in cpu.__file__, cpu.__file__
-files = [a for a in sys.argv[1:] if a.endswith(".py")] or [*sorted(glob.glob("tests/kernels/test_cpu_*.py")), "tests/transformers/test_decoder.py"]
+files = [a for a in sys.argv[1:] if a.endswith(".py")] or [*sorted(glob.glob("tests/kernels/test_cpu_*.py")), "tests/transformers/test_decoder.py", "tests/transformers/test_chain.py"]
 sys.exit(pytest.main(["-q", *files, *(a for a in sys.argv[1:] if not a.endswith(".py"))]))
 ' "$@"
 }

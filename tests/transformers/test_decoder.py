@@ -39,7 +39,7 @@ def prepared(tiny, name="llama-gqa", recipe="w4a8", dtype=torch.bfloat16, **chan
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each of the two calls ran."""
+    """How often each of the two calls ran, by itself or in a call of several layers."""
     seen = []
     for name in ("before", "after"):
         own = getattr(DecoderStep, name)
@@ -49,6 +49,13 @@ def calls(monkeypatch):
             return own(self, *args)
 
         monkeypatch.setattr(DecoderStep, name, noted)
+    several = DecoderStep.in_turn
+
+    def counted(steps, *args):
+        seen.extend(["before", "after"] * len(steps))
+        return several(steps, *args)
+
+    monkeypatch.setattr(DecoderStep, "in_turn", staticmethod(counted))
     return seen
 
 

@@ -198,6 +198,12 @@ def _cache_op(op: str, layout: PageLayout, device: torch.device, forced: str, ch
     return run
 
 
+def cache_kernels(layout: PageLayout, device: torch.device, dtype: torch.dtype, tokens: int, rows: int) -> list[Any]:
+    """What runs each of OPS for a chunk of one dtype without padding, mask and gradients; arguments as of `Chunk`."""
+    chunk = (dtype, False, tokens, rows, False, False)
+    return [_cache_op(op, layout, device, _forced.get(), chunk) for op in OPS]
+
+
 def cache_append(buf: Any, layout: PageLayout, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
     """Add a chunk to a layer's cache; contract in `reference.cache_append`."""
     if torch.compiler.is_compiling():

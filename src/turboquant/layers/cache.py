@@ -123,16 +123,33 @@ class LayerCache:
             counts = [ki.shape[2]] * len(self.lengths) if some is None else some.sum(1).tolist()
             self._reserve(counts)
             ops.cache_append(self.buf, self.layout, qi, ki, vi, some)
-            self._count(counts)
             if some is not None:
                 self._note_padding(some)
-            self.columns += ki.shape[2]
-            self._release()
+            self._came(counts, ki.shape[2])
         return out[0] if len(out) == 1 else torch.cat(out, 2)
 
-    def _count(self, counts: list[int]) -> None:
+    def _came(self, counts: list[int], columns: int) -> None:
         self.lengths = [a + c for a, c in zip(self.lengths, counts, strict=True)]
         self._reach = [max(r, a) for r, a in zip(self._reach, self.lengths, strict=True)]
+        self.columns += columns
+        self._release()
+
+    def holds(self, batch: int, tokens: int) -> bool:
+        """Whether a chunk of every one of `batch` sequences may come by a call that does what `step` does, between
+        `reserve` and `came`, and may be taken back by `crop` without loss."""
+        return self.buf is not None and len(self.lengths) == batch and tokens <= min(self.kv.chunk, self.kv.rewind)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for tokens of every sequence.
+
+        Raises:
+            CacheError: they are more than the capacity.
+        """
+        self._reserve([tokens] * len(self.lengths))
+
+    def came(self, tokens: int) -> None:
+        """Count tokens of every sequence that a call has added for which `reserve` made room."""
+        self._came([tokens] * len(self.lengths), tokens)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more in every sequence: a captured step has been replayed, which no code here sees.

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 
 from turboquant.integrations.transformers import storage
 from turboquant.integrations.transformers.attention import NAME, Pending
+from turboquant.integrations.transformers.chain import Chain
 from turboquant.layers.cache import CacheError, LayerCache
 from turboquant.layers.convert import Quantized
 from turboquant.packed.page import PageLayout
@@ -156,6 +157,7 @@ class TurboQuantCache(Cache):
             else:
                 raise RecipeError(f"layer {i} has attention of type {kind!r}, which the cache cannot serve")
         super().__init__(layers=layers)
+        self.chain = Chain()
         self.fingerprint = storage.fingerprint(model, types)
         if not ours:
             model.set_attn_implementation(NAME)
@@ -179,12 +181,19 @@ class TurboQuantCache(Cache):
         """Token and layer pairs that arrived with a NaN or an infinity in their key or value."""
         return sum(int(c.buf.nonfinite.sum()) for c in (layer.cache for layer in self.ours) if c.buf is not None)
 
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """See transformers: keys and values of one layer come."""
+        if not torch.compiler.is_compiling():
+            self.chain.settle()
+        return super().update(*args, **kwargs)
+
     def crop(self, tokens_to_remove: int) -> None:
         """-n takes back n columns; a positive number is the length to keep (transformers before 5.18).
 
         Raises:
             CacheError: a layer cannot take them back; no layer is changed then.
         """
+        self.chain.settle()
         for layer in self.ours:
             layer.check_crop(tokens_to_remove)
         order: list[Any] = self.layers  # type: ignore[has-type]
@@ -223,6 +232,7 @@ class TurboQuantCache(Cache):
 
     def save(self, path: str | Path) -> None:
         """Write the whole cache to a safetensors file (to a temporary file first, then renamed)."""
+        self.chain.settle()
         storage.save(self, Path(path))
 
     @classmethod

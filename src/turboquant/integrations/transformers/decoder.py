@@ -1,5 +1,5 @@
-"""Decoder layers of transformers that run a step of a few tokens in two native calls around the cache's attention, or
-leave their two additions to the norms behind them.
+"""Decoder layers of transformers that run a step of a few tokens in two native calls around the cache's attention (or,
+where they follow each other, all in one: `chain.Chain`), or leave their two additions to the norms behind them.
 
 A stand-in is a subclass of the layer's own class under the same name, with the layer's own parameters, children and
 hooks, so that whatever looks for that class finds it. Whether a layer computes what the calls compute is found by
@@ -8,6 +8,7 @@ forward runs where it may not: other caches, prompts, adapters, hooks, gradients
 """
 
 import copy
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from turboquant.integrations.transformers.attention import NAME, Pending, attention_forward
-from turboquant.integrations.transformers.cache import TurboQuantCache
+from turboquant.integrations.transformers.cache import TurboQuantCache, TurboQuantLayer
+from turboquant.integrations.transformers.chain import Ready
 from turboquant.kernels.fused import rms_norm
+from turboquant.layers.cache import LayerCache
 from turboquant.layers.decoder import Formula, Step, parts_refusal
 from turboquant.layers.fused import Decoder, FusedNorm, bare
 
@@ -49,16 +52,27 @@ class _Forward(Decoder):
     ) -> Any:
         """As the layer's own forward, whose arguments these are."""
         if position_embeddings is not None and isinstance(past_key_values, TurboQuantCache) and not kwargs:
+            chain = past_key_values.chain if attention_mask is None and not torch.compiler.is_compiling() else None
+            if chain is not None and (y := chain.take(self, hidden_states, position_embeddings)) is not None:
+                return y
             attention = self.self_attn
             if attention.config._attn_implementation == NAME and not self.training:
                 run = self.step and self.step.run(hidden_states, *position_embeddings)
                 if run is None and _renewed(self):
                     run = self.step.run(hidden_states, *position_embeddings)
                 if run is not None:
+                    ready = partial(_ready, hidden_states, position_embeddings, past_key_values)
+                    if chain is not None:
+                        y = chain.run(self, hidden_states, position_embeddings, ready)
+                        if y is not None:
+                            return y
                     q, k, v = run.before(hidden_states, *position_embeddings)
                     k, v = past_key_values.update(k, v, attention.layer_idx)
                     out, _ = attention_forward(attention, q, k, v, attention_mask, scaling=attention.scaling)
-                    return run.after(hidden_states, out)
+                    y = run.after(hidden_states, out)
+                    if chain is not None:
+                        chain.note(self, hidden_states, y, position_embeddings)
+                    return y
         given = kwargs | {
             "attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values,
             "use_cache": use_cache, "position_embeddings": position_embeddings,
@@ -81,6 +95,24 @@ def _idle(hook: Any) -> bool:
     """Whether a hook is one of those with which transformers records outputs, while it records none."""
     theirs = getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
     return theirs and _active_collector is not None and not _active_collector.get()
+
+
+_UPDATES = TurboQuantCache.update, TurboQuantLayer.update, LayerCache.step  # what a call of several layers leaves out
+
+
+def _ready(x: Tensor, angles: tuple[Tensor, Tensor], past: TurboQuantCache, layer: Any) -> Ready | None:
+    """Whether and how a layer may run together with others whose input has the shape and dtype of x."""
+    attention = layer.self_attn
+    kept: Any = past.layers[attention.layer_idx]
+    if layer.training or attention.config._attn_implementation != NAME or not isinstance(kept, TurboQuantLayer):
+        return None
+    updates = past.update, kept.update, kept.cache.step
+    if not all(getattr(f, "__func__", None) is own for f, own in zip(updates, _UPDATES, strict=True)):
+        return None
+    if not any(attention.config is c for c in kept.configs):
+        return None
+    run = layer.step and layer.step.run(x, *angles)
+    return run and Ready(run, kept.cache, attention.scaling)
 
 
 def _refusal(layer: Any) -> str | None:

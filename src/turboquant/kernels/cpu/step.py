@@ -1,5 +1,6 @@
 """A decoder layer of a few rows in two native calls (csrc/decoder.cpp): what stands in front of attention, and what
-stands behind it. The bits are those of norms, layers, rotary embedding, additions and MLP one after another."""
+stands behind it; or layers that follow each other, with the attention of their caches, in one. The bits are those of
+norms, layers, rotary embedding, cache, additions and MLP one after another."""
 
 from collections.abc import Sequence
 
@@ -9,9 +10,12 @@ from torch import Tensor
 from turboquant.kernels.cpu import cache, product
 from turboquant.kernels.cpu.rows import ACTIVATIONS, _signs
 from turboquant.kernels.fused import NormRule
+from turboquant.packed.buffers import CacheBuffers
+from turboquant.packed.page import PageLayout
 
 ROWS = product.AT_ONCE  # rows up to which everything is rounded within the calls
 Norm = tuple[Tensor, NormRule]
+InTurn = tuple["DecoderStep", CacheBuffers, PageLayout, float, int | None]  # ..., scaling and window of its attention
 
 
 class DecoderStep:
@@ -50,6 +54,8 @@ class DecoderStep:
             cache.DTYPES[dtype],
         )
 
+    cache_ops = cache.cache_append, cache.cache_attention  # what `in_turn` does between its layers' two calls
+
     @cache.untraced
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, q, k and v, rotary embedding of q and k.
@@ -63,9 +69,7 @@ class DecoderStep:
         """
         b, n, _ = x.shape
         d, (nq, nk, nv) = cos.shape[-1], self.sizes
-        flat = x.reshape(b * n, self.width)
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
+        flat = _dense(x, self.width)
         all_ = nq + nk + nv
         out = torch.empty(b, n, all_, dtype=self.dtype)
         sizes = (b * n, flat.stride(0), n, d, cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
@@ -86,12 +90,35 @@ class DecoderStep:
             x: (B, n, K), what `before` got. attended: (B, n, Hq, d) of the same dtype.
         """
         rows = x.shape[0] * x.shape[1]
-        flat, wide = x.reshape(rows, self.width), attended.reshape(rows, -1)
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
-        if wide.stride(1) != 1:
-            wide = wide.contiguous()
+        flat, wide = _dense(x, self.width), _dense(attended, attended.shape[2] * attended.shape[3])
         out = torch.empty(x.shape, dtype=self.dtype)
         at = (wide.data_ptr(), flat.data_ptr(), out.data_ptr())
         self.native.after(cache.isa(), torch.get_num_threads(), at, (rows, wide.stride(0), flat.stride(0)))
         return out
+
+    @staticmethod
+    @cache.untraced
+    def in_turn(steps: Sequence[InTurn], x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor] | None:
+        """Layers one after another, each with what the one before returned; their caches get the tokens, as by
+        `cache_ops`.
+
+        Args:
+            steps: layers of one dtype and width, each with its cache, in which there is room for the tokens.
+            x, cos, sin: as of `before`.
+
+        Returns:
+            what each layer returns, (B, n, K); None, and nothing is done, where a cache does not fit its layer, or has
+            buffers that the native calls do not read.
+        """
+        b, n, k = x.shape
+        flat, outs = _dense(x, k), [torch.empty(x.shape, dtype=x.dtype) for _ in steps]
+        sizes = (b, flat.stride(0), n, cos.shape[-1], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1))
+        rows = [(s.native, cache._spec(at), buf, scaling, -1 if w is None else w) for s, buf, at, scaling, w in steps]
+        at = (flat.data_ptr(), cos.data_ptr(), sin.data_ptr())
+        done = cache._native.in_turn(torch.get_num_threads(), rows, at, [y.data_ptr() for y in outs], sizes)
+        return outs if done else None
+
+
+def _dense(x: Tensor, width: int) -> Tensor:
+    flat = x.reshape(-1, width)
+    return flat if flat.stride(1) == 1 else flat.contiguous()

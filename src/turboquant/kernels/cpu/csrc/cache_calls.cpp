@@ -1,5 +1,7 @@
 // The calls on a cache: what Python hands over is checked here, for that takes a tenth of the time it takes there. False
 // means that something is not as the kernels read it; Python then converts what may be converted and says what is wrong.
+#include "cache_calls.h"
+
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -7,9 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
-
-#include "driver.h"
-#include "tensors.h"
 
 namespace nb = nanobind;
 using namespace tq;
@@ -92,9 +91,7 @@ Spec make_spec(const Numbers& n, const Offsets& at, const Tables& tables) {
 
 constexpr const char* NAMES[] = {"pages",  "table",   "ring_k",  "ring_v", "sink_k",
                                  "sink_v", "readers", "tracker", "length", "nonfinite"};
-constexpr int PAGES = 0, TABLE = 1, RING_K = 2, RING_V = 3, SINK_K = 4, SINK_V = 5, READERS = 6, TRACKER = 7, LENGTH = 8,
-              NONFINITE = 9, BUFFERS = 10;
-PyObject* names[BUFFERS];
+PyObject* names[Prepared::BUFFERS];
 
 bool is_float(Kind k) { return k == FLOAT32 || k == BFLOAT16 || k == FLOAT16; }
 
@@ -107,71 +104,77 @@ bool rows_of(nb::handle x, View& v, Strided& to) {
 
 bool same_shape(const View& a, const View& b) { return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape); }
 
-// A call's numbers, and the buffers' tensors, which live as long as it
-struct Prepared {
-  Call call{};
-  std::vector<int64_t> start, position;
-  std::vector<int32_t> column;
-  nb::object alive[BUFFERS];
+}  // namespace
 
-  bool read(const Spec& s, nb::handle buffers, nb::handle q, nb::handle k, nb::handle v, nb::handle valid) {
-    Call& c = call;
-    View vq, vk, vv, at[BUFFERS];
-    if (!rows_of(q, vq, c.q) || !rows_of(k, vk, c.k) || !rows_of(v, vv, c.v) || !same_shape(vk, vv)) return false;
-    const int64_t b = vk.shape[0], h = vk.shape[1], n = vk.shape[2], d = s.d;
-    if (vk.shape[3] != d || vq.shape[0] != b || vq.shape[2] != n || vq.shape[3] != d || !h || vq.shape[1] % h) return false;
-    for (int i = 0; i < BUFFERS; i++) {
-      alive[i] = nb::steal(PyObject_GetAttr(buffers.ptr(), names[i]));
-      if (!alive[i].is_valid()) throw nb::python_error();
-      if (!view_of(alive[i], at[i])) return false;
-    }
-    const Kind dtype = vk.kind;
-    if (vv.kind != dtype || at[PAGES].ndim != 3 || at[TABLE].ndim != 2) return false;
-    c.pool = int(at[PAGES].shape[0]), c.width = int(at[TABLE].shape[1]);
-    if (!at[PAGES].is(UINT8, {c.pool, h, s.page_bytes}) || !at[TABLE].is(INT32, {b, c.width})) return false;
-    for (int i : {RING_K, RING_V}) {
-      if (!at[i].is(dtype, {b, h, s.slots, d})) return false;
-    }
-    for (int i : {SINK_K, SINK_V}) {
-      if (!at[i].is(dtype, {b, h, s.sinks, d})) return false;
-    }
-    if (!at[READERS].is(dtype, {b, h, s.samples, d}) || at[TRACKER].ndim != 5) return false;
-    c.states = int(at[TRACKER].shape[1]);
-    if (c.states < s.states || !at[TRACKER].is(FLOAT32, {b, c.states, h, 3, d})) return false;
-    if (!at[LENGTH].is(INT64, {b}) || !at[NONFINITE].is(INT64, {b})) return false;
-    if (!valid.is_none()) {
-      View mask;
-      if (!view_of(valid, mask) || !mask.is(BOOL, {b, n})) return false;
-      c.valid = static_cast<uint8_t*>(mask.data);
-    }
-    c.spec = &s;
-    c.pages = static_cast<uint8_t*>(at[PAGES].data), c.table = static_cast<int32_t*>(at[TABLE].data);
-    c.ring_k = at[RING_K].data, c.ring_v = at[RING_V].data, c.sink_k = at[SINK_K].data, c.sink_v = at[SINK_V].data;
-    c.readers = at[READERS].data, c.tracker = static_cast<float*>(at[TRACKER].data);
-    c.length = static_cast<int64_t*>(at[LENGTH].data), c.nonfinite = static_cast<int64_t*>(at[NONFINITE].data);
-    c.batch = int(b), c.heads = int(h), c.group = int(vq.shape[1] / h), c.n = int(n), c.slots = s.slots, c.sinks = s.sinks;
-    c.samples = s.samples, c.dtype = int(dtype), c.ring = s.ring;
-    return true;
-  }
+namespace tq {
 
-  // where each token of the chunk stands in its sequence
-  void place() {
-    Call& c = call;
-    start.assign(c.length, c.length + c.batch);
-    position.assign(size_t(c.batch) * c.n, -1);
-    column.assign(size_t(c.batch) * c.n, 0);
-    for (int b = 0; b < c.batch; b++) {
-      const size_t row = size_t(b) * c.n;
-      int count = 0;
-      for (int i = 0; i < c.n; i++) {
-        if (c.valid && !c.valid[row + i]) continue;
-        position[row + i] = start[b] + count;
-        column[row + count++] = i;
-      }
-    }
-    c.start = start.data(), c.position = position.data(), c.column = column.data();
+bool Prepared::read(const Spec& s, nb::handle buffers, nb::handle q, nb::handle k, nb::handle v, nb::handle valid) {
+  View vq, vk, vv;
+  if (!rows_of(q, vq, call.q) || !rows_of(k, vk, call.k) || !rows_of(v, vv, call.v) || !same_shape(vk, vv)) return false;
+  const int64_t b = vk.shape[0], h = vk.shape[1], n = vk.shape[2], d = s.d;
+  if (vk.shape[3] != d || vq.shape[0] != b || vq.shape[2] != n || vq.shape[3] != d || !h || vq.shape[1] % h) return false;
+  if (vv.kind != vk.kind || !read_buffers(s, buffers, b, h, vq.shape[1] / h, n, vk.kind)) return false;
+  if (!valid.is_none()) {
+    View mask;
+    if (!view_of(valid, mask) || !mask.is(BOOL, {b, n})) return false;
+    call.valid = static_cast<uint8_t*>(mask.data);
   }
-};
+  return true;
+}
+
+bool Prepared::read_buffers(const Spec& s, nb::handle buffers, int64_t b, int64_t h, int64_t group, int64_t n,
+                            Kind dtype) {
+  Call& c = call;
+  View at[BUFFERS];
+  const int64_t d = s.d;
+  for (int i = 0; i < BUFFERS; i++) {
+    alive[i] = nb::steal(PyObject_GetAttr(buffers.ptr(), names[i]));
+    if (!alive[i].is_valid()) throw nb::python_error();
+    if (!view_of(alive[i], at[i])) return false;
+  }
+  if (at[PAGES].ndim != 3 || at[TABLE].ndim != 2) return false;
+  c.pool = int(at[PAGES].shape[0]), c.width = int(at[TABLE].shape[1]);
+  if (!at[PAGES].is(UINT8, {c.pool, h, s.page_bytes}) || !at[TABLE].is(INT32, {b, c.width})) return false;
+  for (int i : {RING_K, RING_V}) {
+    if (!at[i].is(dtype, {b, h, s.slots, d})) return false;
+  }
+  for (int i : {SINK_K, SINK_V}) {
+    if (!at[i].is(dtype, {b, h, s.sinks, d})) return false;
+  }
+  if (!at[READERS].is(dtype, {b, h, s.samples, d}) || at[TRACKER].ndim != 5) return false;
+  c.states = int(at[TRACKER].shape[1]);
+  if (c.states < s.states || !at[TRACKER].is(FLOAT32, {b, c.states, h, 3, d})) return false;
+  if (!at[LENGTH].is(INT64, {b}) || !at[NONFINITE].is(INT64, {b})) return false;
+  c.spec = &s;
+  c.pages = static_cast<uint8_t*>(at[PAGES].data), c.table = static_cast<int32_t*>(at[TABLE].data);
+  c.ring_k = at[RING_K].data, c.ring_v = at[RING_V].data, c.sink_k = at[SINK_K].data, c.sink_v = at[SINK_V].data;
+  c.readers = at[READERS].data, c.tracker = static_cast<float*>(at[TRACKER].data);
+  c.length = static_cast<int64_t*>(at[LENGTH].data), c.nonfinite = static_cast<int64_t*>(at[NONFINITE].data);
+  c.batch = int(b), c.heads = int(h), c.group = int(group), c.n = int(n), c.slots = s.slots, c.sinks = s.sinks;
+  c.samples = s.samples, c.dtype = int(dtype), c.ring = s.ring;
+  return true;
+}
+
+void Prepared::place() {
+  Call& c = call;
+  start.assign(c.length, c.length + c.batch);
+  position.assign(size_t(c.batch) * c.n, -1);
+  column.assign(size_t(c.batch) * c.n, 0);
+  for (int b = 0; b < c.batch; b++) {
+    const size_t row = size_t(b) * c.n;
+    int count = 0;
+    for (int i = 0; i < c.n; i++) {
+      if (c.valid && !c.valid[row + i]) continue;
+      position[row + i] = start[b] + count;
+      column[row + count++] = i;
+    }
+  }
+  c.start = start.data(), c.position = position.data(), c.column = column.data();
+}
+
+}  // namespace tq
+
+namespace {
 
 // mask: (B or 1, 1, n, n) bool; sinks: (heads of queries) fp32; both contiguous, or None. window < 0: none; softcap 0: none
 bool attention_call(const Spec& spec, int threads, nb::handle buffers, nb::handle q, nb::handle k, nb::handle v,
@@ -213,7 +216,7 @@ bool append_call(const Spec& spec, int threads, nb::handle buffers, nb::handle q
 }  // namespace
 
 void bind_cache(nb::module_& m) {
-  for (int i = 0; i < BUFFERS; i++) names[i] = PyUnicode_InternFromString(NAMES[i]);
+  for (int i = 0; i < Prepared::BUFFERS; i++) names[i] = PyUnicode_InternFromString(NAMES[i]);
   nb::class_<Spec>(m, "Spec");
   m.def("spec", &make_spec);
   m.def("use_tensors", &use_tensors, nb::arg("type"), nb::arg("dtypes"), nb::arg("table").none());

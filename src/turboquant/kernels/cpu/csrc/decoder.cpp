@@ -1,10 +1,12 @@
-// A decoder layer of a few rows in two calls, one in front of attention and one behind it: what its modules compute one
-// after another, each step rounded to the dtype where a module returns it, so that the bits are theirs.
+// A decoder layer of a few rows in two calls, one in front of attention and one behind it, or layers that follow each
+// other in one call with the attention of their caches: what their modules compute one after another, each step rounded
+// to the dtype where a module returns it, so that the bits are theirs.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "cache_calls.h"
 #include "half.h"
 #include "layers.h"
 
@@ -60,6 +62,12 @@ struct Turn {  // of rows to be rotated and rounded
   float norm;
 };
 
+struct Chunk {  // rows of a batch of `tokens` each, and their angles: strides of a sequence and of a token
+  int64_t rows, tokens, d;
+  const void *cos, *sin;
+  int64_t of_batch, of_token;
+};
+
 struct Layer {
   Weights qkv, o, wide, down;
   Norm first, second;
@@ -80,7 +88,107 @@ struct Layer {
     a.before = NORM, a.weight = n.weight, a.y = y.get(), a.eps = n.eps, a.shift = n.shift, a.once = n.once;
     quantize(a, count, quantizer_of(isa), threads);
   }
+
+  int64_t columns() const {  // of q, k and v together
+    int64_t all = 0;
+    for (const auto& w : qkv.all) all += w.weight.n;
+    return all;
+  }
+
+  // q, k, v behind one another (M, Nq + Nk + Nv)
+  void before(const void* x, int64_t stride, const Chunk& c, uint8_t* out, const char* isa, int threads) const {
+    const int64_t k = width(), all = columns();
+    std::unique_ptr<int8_t[]> codes(new int8_t[c.rows * k]);
+    std::unique_ptr<float[]> unit(new float[c.rows]);
+    normed(x, stride, first, c.rows, codes.get(), unit.get(), isa, threads);
+    int64_t column = 0;
+    std::vector<Product> products;
+    for (const auto& w : qkv.all) {
+      products.push_back(product_of(w, c.rows, codes.get(), unit.get(), out + column * (dtype ? 2 : 4), dtype, all));
+      column += w.weight.n;
+    }
+    multiply(products, multiplier_of(isa), threads);
+    const int64_t heads = (qkv.all[0].weight.n + qkv.all[1].weight.n) / c.d;
+    for (int64_t r = 0; r < c.rows; r++) {
+      const int64_t angle = r / c.tokens * c.of_batch + r % c.tokens * c.of_token;
+      switch (dtype) {
+        case 0: turn<0>(out, r * all, heads, c.d, c.cos, c.sin, angle); break;
+        case 1: turn<1>(out, r * all, heads, c.d, c.cos, c.sin, angle); break;
+        default: turn<2>(out, r * all, heads, c.d, c.cos, c.sin, angle);
+      }
+    }
+  }
+
+  // out (M, K) <- y = x + o(attended), and to that its MLP
+  void after(const void* attended, int64_t attended_stride, const void* x, int64_t stride, int64_t count, void* out,
+             const char* isa, int threads) const {
+    const int64_t k = width(), inner = o.all[0].weight.k;
+    std::unique_ptr<int8_t[]> codes(new int8_t[count * std::max(k, inner)]);
+    std::unique_ptr<float[]> unit(new float[count]);
+    std::unique_ptr<uint8_t[]> middle(new uint8_t[count * k * (dtype ? 2 : 4)]);
+    quantize(rows(attended, attended_stride, 1, inner, codes.get(), unit.get()), count, quantizer_of(isa), threads);
+    std::vector<Product> one{product_of(o.all[0], count, codes.get(), unit.get(), middle.get(), dtype, k)};
+    multiply(one, multiplier_of(isa), threads);
+    add_rows(middle.get(), x, stride, count, k, dtype);
+    normed(middle.get(), k, second, count, codes.get(), unit.get(), isa, threads);
+    const Turn& t = turns[2];
+    gated(wide, down.all[0], {t.signs, t.block, t.norm, activation}, count, codes.get(), unit.get(), out, dtype, isa,
+          threads);
+    add_rows(out, middle.get(), k, count, k, dtype);
+  }
 };
+
+struct InTurn {  // a layer, and the call on its cache
+  const Layer* layer;
+  Prepared cache;
+};
+
+// Layers one after another, each with the attention of its cache and adding to that. steps: (Layer, Spec, CacheBuffers,
+// scaling, window or -1); addresses: x cos sin; outs: an output (M, K) for each; sizes: B, stride of x, and the rest as
+// for `before`. False, and nothing is done: a buffer is not as the kernels read it, or layer and cache do not fit.
+bool in_turn(int threads, const nb::list& steps, const std::array<int64_t, 3>& at, const std::vector<int64_t>& outs,
+             const std::array<int64_t, 6>& size) {
+  const int64_t batch = size[0], n = size[2], d = size[3], rows = batch * n;
+  const Chunk chunk{rows, n, d, address<void>(at[1]), address<void>(at[2]), size[4], size[5]};
+  std::vector<InTurn> all(steps.size());
+  if (all.empty() || outs.size() != all.size() || rows < 1 || d < 1) return false;
+  int64_t room = 0;
+  for (size_t i = 0; i < all.size(); i++) {
+    const nb::tuple step = nb::cast<nb::tuple>(steps[i]);
+    const Layer* layer = all[i].layer = &nb::cast<const Layer&>(step[0]);
+    const Spec& spec = nb::cast<const Spec&>(step[1]);
+    const int64_t q = layer->qkv.all[0].weight.n, k = layer->qkv.all[1].weight.n, v = layer->qkv.all[2].weight.n;
+    if (layer->dtype != all[0].layer->dtype || layer->width() != all[0].layer->width()) return false;
+    if (spec.d != d || !k || k != v || k % d || q % k || layer->o.all[0].weight.k != q) return false;
+    Call& c = all[i].cache.call;
+    if (!all[i].cache.read_buffers(spec, step[2], batch, k / d, q / k, n, Kind(layer->dtype))) return false;
+    c.scaling = nb::cast<float>(step[3]), c.window = nb::cast<int64_t>(step[4]);
+    room = std::max(room, layer->columns());
+  }
+  const char* isa = isa_in_use();
+  const int dtype = all[0].layer->dtype, bytes = dtype ? 2 : 4;
+  nb::gil_scoped_release release;
+  std::unique_ptr<uint8_t[]> states(new uint8_t[rows * room * bytes]), attended(new uint8_t[rows * room * bytes]);
+  const void* x = address<void>(at[0]);
+  int64_t stride = size[1];
+  for (size_t i = 0; i < all.size(); i++) {
+    const Layer& layer = *all[i].layer;
+    Call& c = all[i].cache.call;
+    const int64_t wide = layer.columns(), q = layer.qkv.all[0].weight.n, k = layer.qkv.all[1].weight.n;
+    layer.before(x, stride, chunk, states.get(), isa, threads);
+    const auto part = [&](int64_t column) {
+      return Strided{states.get() + column * bytes, n * wide, d, wide, dtype};
+    };
+    c.q = part(0), c.k = part(q), c.v = part(q + k), c.out = {attended.get(), n * q, d, q, dtype};
+    all[i].cache.place();
+    attention(c, kernels_of(isa), threads);
+    append(c, encoder_of(isa), threads);
+    void* out = address<void>(outs[i]);
+    layer.after(attended.get(), q, x, stride, rows, out, isa, threads);
+    x = out, stride = layer.width();
+  }
+  return true;
+}
 
 }  // namespace
 }  // namespace tq
@@ -107,54 +215,20 @@ void bind_decoder(nb::module_& m) {
         }
         new (to) Layer(std::move(layer));
       })
-      // q, k, v behind one another (M, Nq + Nk + Nv) of rows M of a batch of `tokens` each; addresses: x cos sin out;
-      // sizes: M, stride of x, tokens, head_dim, strides of cos and sin: of the batch and of a token
+      // addresses: x cos sin out; sizes: M, stride of x, tokens of a sequence, head_dim, strides of cos and sin: of the
+      // batch and of a token
       .def("before", [](const Layer& layer, const std::string& isa, int threads, const std::array<int64_t, 4>& at,
                         const std::array<int64_t, 6>& size) {
         nb::gil_scoped_release release;
-        const int64_t rows = size[0], k = layer.width(), d = size[3];
-        const int bytes = layer.dtype ? 2 : 4;
-        std::unique_ptr<int8_t[]> codes(new int8_t[rows * k]);
-        std::unique_ptr<float[]> unit(new float[rows]);
-        layer.normed(address<void>(at[0]), size[1], layer.first, rows, codes.get(), unit.get(), isa.c_str(), threads);
-        int64_t all = 0, column = 0;
-        for (const auto& w : layer.qkv.all) all += w.weight.n;
-        std::vector<Product> products;
-        uint8_t* out = address<uint8_t>(at[3]);
-        for (const auto& w : layer.qkv.all) {
-          products.push_back(product_of(w, rows, codes.get(), unit.get(), out + column * bytes, layer.dtype, all));
-          column += w.weight.n;
-        }
-        multiply(products, multiplier_of(isa.c_str()), threads);
-        const int64_t heads = (layer.qkv.all[0].weight.n + layer.qkv.all[1].weight.n) / d;
-        for (int64_t r = 0; r < rows; r++) {
-          const int64_t angle = r / size[2] * size[4] + r % size[2] * size[5];
-          const void *cos = address<void>(at[1]), *sin = address<void>(at[2]);
-          switch (layer.dtype) {
-            case 0: turn<0>(out, r * all, heads, d, cos, sin, angle); break;
-            case 1: turn<1>(out, r * all, heads, d, cos, sin, angle); break;
-            default: turn<2>(out, r * all, heads, d, cos, sin, angle);
-          }
-        }
+        const Chunk c{size[0], size[2], size[3], address<void>(at[1]), address<void>(at[2]), size[4], size[5]};
+        layer.before(address<void>(at[0]), size[1], c, address<uint8_t>(at[3]), isa.c_str(), threads);
       })
-      // x + o(attended), and to that its MLP; addresses: attended x out; sizes: M, strides of attended and of x
+      // addresses: attended x out; sizes: M, strides of attended and of x
       .def("after", [](const Layer& layer, const std::string& isa, int threads, const std::array<int64_t, 3>& at,
                        const std::array<int64_t, 3>& size) {
         nb::gil_scoped_release release;
-        const int64_t rows = size[0], k = layer.width(), wide = layer.o.all[0].weight.k;
-        std::unique_ptr<int8_t[]> codes(new int8_t[rows * std::max(k, wide)]);
-        std::unique_ptr<float[]> unit(new float[rows]);
-        std::unique_ptr<uint8_t[]> middle(new uint8_t[rows * k * (layer.dtype ? 2 : 4)]);
-        quantize(layer.rows(address<void>(at[0]), size[1], 1, wide, codes.get(), unit.get()), rows,
-                 quantizer_of(isa.c_str()), threads);
-        std::vector<Product> one{product_of(layer.o.all[0], rows, codes.get(), unit.get(), middle.get(), layer.dtype, k)};
-        multiply(one, multiplier_of(isa.c_str()), threads);
-        add_rows(middle.get(), address<void>(at[1]), size[2], rows, k, layer.dtype);
-        layer.normed(middle.get(), k, layer.second, rows, codes.get(), unit.get(), isa.c_str(), threads);
-        const Turn& t = layer.turns[2];
-        void* out = address<void>(at[2]);
-        gated(layer.wide, layer.down.all[0], {t.signs, t.block, t.norm, layer.activation}, rows, codes.get(), unit.get(),
-              out, layer.dtype, isa.c_str(), threads);
-        add_rows(out, middle.get(), k, rows, k, layer.dtype);
+        layer.after(address<void>(at[0]), size[1], address<void>(at[1]), size[2], size[0], address<void>(at[2]),
+                    isa.c_str(), threads);
       });
+  m.def("in_turn", &in_turn);
 }
