@@ -79,7 +79,7 @@ def filled(case: Case, tokens, device="cuda") -> tuple[LayerCache, list[torch.Te
         cache._start(k)
         cache._reserve(list(case.lengths))
         reference.cache_append(cache.buf, cache.layout, *some, valid.to(device))
-        cache._count(list(case.lengths))
+        cache._came(list(case.lengths), max(case.lengths))
     else:
         cache._start(k)
     return cache, [x[:, :, longest:] for x in (q, k, v)]
