@@ -12,9 +12,11 @@ from itertools import product as product_of
 import pytest
 import torch
 
-from turboquant.kernels.cuda import nvrtc, product
+from turboquant.kernels.cuda import nvrtc, product, rows
+from turboquant.kernels.fused import NormRule
 from turboquant.kernels.linear import LinearSpec
 from turboquant.packed.tensor import PackedTensor
+from turboquant.recipe import ActivationRecipe
 
 linear = importlib.import_module("turboquant.kernels.cuda.linear")  # the package has a function of this name
 BF16, F16 = torch.bfloat16, torch.float16
@@ -111,19 +113,19 @@ def check(case: Case, device: str) -> None:
 def emulated(monkeypatch, emulation):
     """`product.multiply` on CPU tensors; the memory that it writes to holds NaN before."""
 
-    def kernel(n, k, group, planes, rows, dtype, device):
-        shape = product.shape_of(n, k, group, planes, rows, 4)  # multiprocessors: some are split and some are not
+    def kernel(n, k, group, planes, m, dtype, device):
+        shape = product.shape_of(n, k, group, planes, m, 4)  # multiprocessors: some are split and some are not
         return emulation("product", product.config(shape, k, group, planes, dtype)), shape
 
     def launch(kernel, blocks, threads, shared, stream, call, after=False, cluster=1):
         assert after and blocks[0] == cluster and shared <= product.SHARED and blocks[1] <= call.n // product.OUTPUTS
-        kernel.run(ctypes.byref(call), blocks[0], blocks[1], threads, cluster)
+        assert kernel.run(ctypes.byref(call), blocks[0], blocks[1], threads, cluster) == 0
 
     def empty(*size, **options):
         return torch.full(size, torch.nan, **options)
 
     monkeypatch.setattr(product, "_kernel", kernel)
-    monkeypatch.setattr(product, "_processors", lambda device: 4)
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 4)
     monkeypatch.setattr(nvrtc, "launch", launch)
     monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
     monkeypatch.setattr(product.torch, "empty", empty)
@@ -139,8 +141,8 @@ def test_the_source_on_the_cpu(case, emulated):
 @pytest.mark.parametrize("k", [256, 4096, 8960, 28672, 29568, 53248])
 def test_every_shape_fits_a_block(n, k, processors):
     """Its shared memory, as the driver allows it; each block's groups in the room for them."""
-    for group, planes, rows in product_of((128, k), (1, 2), range(1, linear.FEW + 1)):
-        shape = product.shape_of(n, k, group, planes, rows, processors)
+    for group, planes, m in product_of((128, k), (1, 2), range(1, linear.FEW + 1)):
+        shape = product.shape_of(n, k, group, planes, m, processors)
         assert shape.shared <= 227 * 1024 and shape.depth >= 2 and shape.split in product.SPLITS
         assert not shape.several or (shape.split == 1 and shape.shared <= product.HALF and n > 128 * processors)
         cuts = [k // 64 * i // shape.split for i in range(shape.split + 1)]
@@ -150,7 +152,7 @@ def test_every_shape_fits_a_block(n, k, processors):
 def test_where_nothing_fits(monkeypatch):
     """Fewer rows are dispatched, `note` says how many, and whoever asks for more is told."""
     where = torch.device("cuda", 0)
-    monkeypatch.setattr(product, "_processors", lambda device: 132)
+    monkeypatch.setattr(nvrtc, "processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(nvrtc, "missing", lambda: None)
     assert product.most_rows(8192, 29568, 128, 2, where, linear.FEW) == linear.FEW
@@ -204,17 +206,21 @@ def test_on_the_gpu(case):
 @pytest.mark.hopper
 @pytest.mark.parametrize("case", [Case(4096, 4096, g, m) for g in (0, 128) for m in (3, 8, 16)], ids=str)
 def test_a_chain_in_a_graph_has_the_bits_of_single_calls(case):
-    """Twelve quantizers and products behind one another: each may start while the one before it runs."""
-    rows = importlib.import_module("turboquant.kernels.triton.rows")
+    """Twelve quantizers and products behind one another, nothing of torch's between them: each may start while the one
+    before it runs. One in three is behind a norm, so that numbers stay finite."""
     packed = operands(case, "cuda")[0]
     weight = product.fragments(packed.coded().codes[0], packed.group)
+    a8, rule, w = ActivationRecipe(8), NormRule(1e-6), torch.rand(case.k, device="cuda").to(BF16)
 
     def chain(x: torch.Tensor, alone: bool) -> torch.Tensor:
-        for _ in range(12):
-            q = rows.fused_quantize(x)
+        for i in range(12):
+            if i % 3 == 0:
+                q = rows.norm_quantize(x, w, rule, a8)[1]
+            else:
+                q = rows.gate_quantize(x, x, "silu", a8) if i % 3 == 1 else rows.quantize(x, a8)
             if alone:
                 torch.cuda.synchronize()
-            x = product.multiply(weight, None, packed.scale, packed.zero, q.codes, q.unit, None, BF16) * 0.01
+            x = product.multiply(weight, None, packed.scale, packed.zero, q.codes, q.unit, None, BF16)
             if alone:
                 torch.cuda.synchronize()
         return x

@@ -426,8 +426,8 @@ def test_additions_of_a_layer_that_was_altered(what, tiny, sums):
 
 
 def test_a_norm_that_is_ahead_is_forgotten(tiny, sums):
-    """What an addition left for the next norm is for that very sum: not where a hook replaces or changes it, and not
-    once the norm's weight was written."""
+    """What an addition left for the next norm is for one call with that very sum: not where a hook replaces or changes
+    it, or the norm has hooks of its own."""
     model = prepared(tiny, "qwen2")
     for change in (lambda x: x * 2, lambda x: x.mul_(2)):
         changed, plain = copy.deepcopy(model), by_modules(model)
@@ -436,13 +436,71 @@ def test_a_norm_that_is_ahead_is_forgotten(tiny, sums):
             m.model.layers[0].register_forward_hook(lambda module, args, out, change=change: change(out))
         with torch.no_grad():
             assert torch.equal(changed(ids(7)).logits, plain(ids(7)).logits)
-    norm, (x, y) = model.model.layers[1].input_layernorm, torch.randn(2, 3, 48).bfloat16()
+    changed, plain = copy.deepcopy(model), by_modules(model)
+    quantize_ahead(changed)
+    for m in (changed, plain):
+        m.model.layers[1].input_layernorm.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     with torch.no_grad():
-        total = norm.add_ahead(x, y)
-        first = norm(total)
-        assert norm(total) is first and torch.equal(first, norm(total.clone()))
-        norm.weight.mul_(2)
-        assert torch.equal(norm(total), norm(total.clone())) and not torch.equal(norm(total), first)
+        assert torch.equal(changed(ids(7)).logits, plain(ids(7)).logits)
+
+
+@torch.no_grad()
+def test_what_is_ahead_is_the_norm_of_now(tiny, sums):
+    """One call finds it; then, or once the sum, the norm or the weight was written or replaced, it is computed."""
+    norm = prepared(tiny, "qwen2").model.layers[1].input_layernorm
+
+    def made():
+        total = norm.add_ahead(*torch.randn(2, 3, 48).bfloat16())
+        return total, norm.ahead._held[2]
+
+    total, held = made()
+    assert norm(total) is held and norm(total) is not held and torch.equal(norm(total), held)
+    assert norm.ahead._held is None
+    total, held = made()
+    assert norm(total.clone()) is not held and norm(total) is not held  # a call with another tensor forgets it too
+    changes = (
+        lambda total, held: held.mul_(2),
+        lambda total, held: total.mul_(2),
+        lambda total, held: norm.weight.mul_(2),
+        lambda total, held: setattr(norm, "weight", nn.Parameter(norm.weight * 2)),
+        lambda total, held: setattr(norm.weight, "data", norm.weight * 2),
+    )
+    for change in changes:
+        total, held = made()
+        change(total, held)
+        assert norm(total) is not held and torch.equal(norm(total), norm(total.clone()))
+    total, held = made()
+    with ops.use_backend("reference"):
+        assert norm(total) is not held
+    total, held = made()
+    with torch.enable_grad():
+        assert norm(total).requires_grad
+    total, held = made()
+    assert copy.deepcopy(norm).ahead._held is None
+
+
+@torch.no_grad()
+def test_additions_where_norms_cannot_make_them(tiny, sums):
+    """A norm whose weight is elsewhere, operands that do not fit, inference mode with tensors made outside of it."""
+    model = prepared(tiny, "qwen2")
+    norm, (x, y) = model.model.layers[1].input_layernorm, torch.randn(2, 3, 48).bfloat16()
+    weight, norm.weight = norm.weight, nn.Parameter(norm.weight.to("meta"))
+    assert torch.equal(norm.add_ahead(x, y), x + y)
+    norm.weight = weight
+    assert torch.equal(norm.add(x, y[:1])[0], x + y[:1])
+    with torch.inference_mode():
+        assert torch.equal(norm.add_ahead(x, y), x + y)
+        model(inputs_embeds=torch.randn(1, 3, 48).bfloat16())
+    assert not sums
+
+
+def test_a_model_whose_norms_are_ahead_is_one_graph(tiny):
+    model = prepared(tiny, "qwen2", dtype=torch.float32)
+    with torch.no_grad(), ops.use_backend("reference"):
+        want = model(ids(5)).logits
+        torch.compiler.reset()
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids(5)).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def quantize_ahead(model):

@@ -151,10 +151,12 @@ def explain_linear(spec: LinearSpec, device: torch.device | str = "cpu") -> list
     if rows[-1]["kernel"] == "reference":  # it quantizes its rows itself
         rows[:-1] = [r | {"kernel": "reference", "why": "part of the reference's linear"} for r in rows[:-1]]
         return rows
-    quantizes = next(r["kernel"] for r in rows if r["op"] == "quantize")
+    kernels = {r["op"]: r["kernel"] for r in rows}
     for r in rows:
-        if r["op"].endswith("_quantize") and r["kernel"] == "reference":
-            r |= {"kernel": quantizes, "why": f"quantize after the model's own operations: {r['why']}"}
+        if r["op"] in ("norm_quantize", "gate_quantize") and r["kernel"] == "reference":
+            r |= {"kernel": kernels["quantize"], "why": f"quantize after the model's own operations: {r['why']}"}
+        if r["op"] == "add_norm_quantize" and r["kernel"] == "reference":
+            r |= {"kernel": kernels["norm_quantize"], "why": f"norm_quantize after the model's own addition: {r['why']}"}
     return rows
 
 

@@ -9,6 +9,7 @@ device, gradients, a compiled or a forced backend) the formula runs, that is, wh
 """
 
 import copy
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from turboquant.kernels import ops
 from turboquant.kernels.fused import ACTIVATIONS, NormRule, norm_refusal, rms_norm
-from turboquant.kernels.linear import Coded, Shared
+from turboquant.kernels.linear import Coded
 from turboquant.layers.linear import QuantLinear
 from turboquant.layers.together import Together
 
@@ -138,6 +139,34 @@ def _reads_int8(layer: Any) -> bool:
     return a is not None and a.bits == 8
 
 
+class Ahead:
+    """The norm of a sum that was made together with it: for one call with that very tensor, if neither was written to
+    since, nor the weight, and what runs would run the same."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Any, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_held": None}  # a copy starts empty
+
+    def put(self, x: Tensor, weight: Tensor, y: Tensor) -> None:
+        """Hold y for a call with x."""
+        self._held = weakref.ref(x), weight, y, self._stamp(x, weight, y)
+
+    def take(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """What is held for x; nothing is held then."""
+        held, self._held = self._held, None
+        if held is None or held[0]() is not x or held[1] is not weight or ops.wants_grad(x, weight):
+            return None
+        y: Tensor = held[2]
+        return y if held[3] == self._stamp(x, weight, y) else None
+
+    @staticmethod
+    def _stamp(x: Tensor, weight: Tensor, y: Tensor) -> tuple[Any, ...]:
+        captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        return weight.data_ptr(), *(t._version for t in (x, weight, y)), ops.forced(), captured
+
+
 class FusedNorm(nn.Module):
     """An RMSNorm before quantized layers; has the parameter of the module that stood here.
 
@@ -150,53 +179,56 @@ class FusedNorm(nn.Module):
     def __init__(self, norm: nn.Module, rule: NormRule, reader: QuantLinear) -> None:
         super().__init__()
         self.register_parameter("weight", norm._parameters["weight"])
-        self.rule, self.own, self.slot, self.ahead = rule, (norm,), reader.slot, Shared()
+        self.rule, self.own, self.slot, self.ahead = rule, (norm,), reader.slot, Ahead()
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K) in x's dtype."""
-        y: Tensor | None = self.ahead.made(x, self._stamp())
-        if y is not None:
-            return y
-        run, (recipe, shared) = self.kernel("norm_quantize", x), self._reader()
-        if run is None or shared is None:
+        if not torch.compiler.is_compiling() and (held := self.ahead.take(x, self.weight)) is not None:
+            return held
+        run = self.kernel("norm_quantize", x)
+        if run is None:
             return rms_norm(x, self.weight, self.rule)
-        y, rows = run(x, self.weight, self.rule, recipe)
-        shared.put(y, recipe, rows)
-        return y
+        return self._put(*run(x, self.weight, self.rule, self.slot.recipe.activations))
 
     def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, both (..., K), and the norm of it: in one pass where a backend has a kernel for it, in two else."""
-        run, (recipe, shared) = self.kernel("add_norm_quantize", x, y), self._reader()
-        if run is None or shared is None or x.shape != y.shape or x.dtype != y.dtype:
+        run = self.kernel("add_norm_quantize", x, y)
+        if run is None:
             x = x + y
             return x, self(x)
-        x, y, rows = run(x, y, self.weight, self.rule, recipe)
-        shared.put(y, recipe, rows)
-        return x, y
+        x, *made = run(x, y, self.weight, self.rule, self.slot.recipe.activations)
+        return x, self._put(*made)
 
     def add_ahead(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y; its norm is kept for when this module is called with that very tensor."""
-        if self.kernel("add_norm_quantize", x, y) is None:
+        if _changed(self) or self.kernel("add_norm_quantize", x, y) is None:
             return x + y
         x, y = self.add(x, y)
-        self.ahead.put(x, self._stamp(), y)
+        self.ahead.put(x, self.weight, y)
         return x
 
     def kernel(self, op: str, *inputs: Tensor) -> Any:
         """An op of `kernels.fused` for these inputs; None where torch's operations run."""
         x = inputs[0]
-        if torch.compiler.is_compiling() or not x.numel() or any(t.is_inference() for t in inputs):
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.numel():
+            return None
+        if any(t.is_inference() or t.device != x.device for t in (*inputs, self.weight)):
+            return None
+        if any(t.shape != x.shape or t.dtype != x.dtype for t in inputs):
             return None
         if ops.wants_grad(*inputs, self.weight) or norm_refusal(self.weight, x.dtype) is not None:
             return None
-        return None if self._reader()[0] is None else ops.fused(op, self.slot.spec(x.dtype), x.device)
+        if self.slot.recipe.activations is None or self.slot.shared is None:
+            return None
+        return ops.fused(op, self.slot.spec(x.dtype), x.device)
 
-    def _stamp(self) -> int:
-        return -1 if self.weight.is_inference() else self.weight._version
-
-    def _reader(self) -> tuple[Any, Shared | None]:
-        return self.slot.recipe.activations, self.slot.shared
+    def _put(self, y: Tensor, rows: Any) -> Tensor:
+        """Let the layers that read y find its rows."""
+        shared = self.slot.shared
+        assert shared is not None  # see `kernel`
+        shared.put(y, self.slot.recipe.activations, rows)
+        return y
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.rule}"

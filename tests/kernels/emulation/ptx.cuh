@@ -64,6 +64,7 @@ static ucontext_t scheduler;
 static int current;
 static std::function<void()> body;
 static u32 exchange[2048];
+static bool unfair = false;  // whether a third of the warps stands still for a while, others for another
 static int arrived[256], generation[256], any[2], first_block;  // by warp; from 192 on by block
 
 static void enter(int fiber) {
@@ -142,9 +143,11 @@ static void launch(Three grid, int threads, std::function<void()> kernel, int cl
           f.context.uc_link = &scheduler;
           makecontext(&f.context, entry, 0);
         }
-        while (alive())
-          for (int t = 0; t < threads * cluster; t++)
-            if (!fibers[t].done) enter(t), swapcontext(&scheduler, &fibers[t].context);
+        for (u32 pass = 1; alive(); pass++)
+          for (int t = 0; t < threads * cluster; t++) {
+            const bool still = unfair && ((pass / 64 * 2654435761u) >> 13 ^ (t / 32 * 40503u >> 3)) % 3 == 0;
+            if (!fibers[t].done && !still) enter(t), swapcontext(&scheduler, &fibers[t].context);
+          }
       }
 }
 

@@ -9,7 +9,8 @@ import hashlib
 import os
 import tempfile
 import warnings
-from functools import cache
+from contextlib import nullcontext
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,18 @@ def functions(name: str, config: str, kernels: tuple[str, ...], device: torch.de
         for kernel in found:
             _check(driver.cuFuncSetAttribute(kernel, attribute, shared), name)
     return found
+
+
+@lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Multiprocessors."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def on(device: torch.device) -> Any:
+    """A context within which kernels are launched on this device."""
+    there = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if there else torch.cuda.device(device)
 
 
 def stream_of(device: torch.device) -> int:

@@ -110,7 +110,9 @@ def _cut(pieces: int, split: int, group: int, planes: int, rows: int, several: b
 
 def most_rows(n: int, k: int, group: int, planes: int, device: torch.device, limit: int) -> int:
     """Up to how many rows, of `limit` asked for, a product fits into shared memory."""
-    fits = (r for r in range(limit, 0, -1) if shape_of(n, k, group, planes, r, _processors(device)).shared <= SHARED)
+    fits = (
+        r for r in range(limit, 0, -1) if shape_of(n, k, group, planes, r, nvrtc.processors(device)).shared <= SHARED
+    )
     return next(fits, 0)
 
 
@@ -123,17 +125,12 @@ def config(shape: Shape, k: int, group: int, planes: int, dtype: torch.dtype) ->
     return "\n".join(["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items()), ""])
 
 
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 @lru_cache(maxsize=4096)
 def _kernel(
     n: int, k: int, group: int, planes: int, rows: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Shape]:
     """(kernel, its shape)."""
-    shape = shape_of(n, k, group, planes, rows, _processors(device))
+    shape = shape_of(n, k, group, planes, rows, nvrtc.processors(device))
     if shape.shared > SHARED:
         raise ValueError(f"{rows} rows of {k} inputs need {shape.shared} bytes of shared memory, {SHARED} are there")
     return _function(config(shape, k, group, planes, dtype), device), shape
@@ -179,6 +176,7 @@ def multiply(
     )  # fmt: skip
     stream = nvrtc.stream_of(codes.device)
     tiles = n // OUTPUTS
-    grid = (shape.split, 2 * _processors(codes.device) if shape.several else tiles, 1)
-    nvrtc.launch(kernel, grid, 32 * WARPS, shape.shared, stream, call, after=True, cluster=shape.split)
+    grid = (shape.split, 2 * nvrtc.processors(codes.device) if shape.several else tiles, 1)
+    with nvrtc.on(codes.device):
+        nvrtc.launch(kernel, grid, 32 * WARPS, shape.shared, stream, call, after=True, cluster=shape.split)
     return out

@@ -37,7 +37,8 @@ class _Call(ctypes.Structure):  # mirrors `Call` of csrc/quantize.cu
     _fields_ = [
         *[(n, ctypes.c_void_p) for n in ("x", "other", "sign", "plus", "sum", "keep", "codes", "unit")],
         *[(n, ctypes.c_longlong) for n in ("x_stride", "other_stride", "plus_stride")],
-        *[(n, ctypes.c_float) for n in ("eps", "shift", "scale")], ("rows", ctypes.c_int),
+        *[(n, ctypes.c_float) for n in ("eps", "shift", "scale")],
+        ("rows", ctypes.c_int), ("early", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -67,33 +68,28 @@ class Shape:
 def shape_of(k: int, mode: int) -> Shape:
     """For rows of k numbers."""
     threads = -(-k // 1024) * 32
-    shared = -(-(threads * EACH // 64 * 72 + threads // 8) // 4) * 16 + threads * EACH  # mirrors csrc/quantize.cu
+    shared = -(-(threads * EACH // 64 * 72 + threads // 32 * 3) // 4) * 16 + threads * EACH  # mirrors csrc/quantize.cu
     return Shape(threads, max(1, MOST // REGISTERS[mode] * 64 // threads), shared)
 
 
-def config(k: int, shape: Shape, mode: int, once: bool, activation: str, early: int, bf16: bool) -> str:
+def config(k: int, shape: Shape, mode: int, once: bool, activation: str, bf16: bool) -> str:
     """config.cuh."""
     numbers = {
         "K": k, "BLOCK": hadamard_block(k), "THREADS": shape.threads, "RESIDENT": shape.resident,
         "MODE": NORM if mode == ADD_NORM else mode, "ADD": int(mode == ADD_NORM), "ONCE": int(once),
-        "ACT": _ACTIVATIONS[activation], "EARLY": early, "BF16": int(bf16), "BUFFERS": 1,
+        "ACT": _ACTIVATIONS[activation], "BF16": int(bf16), "BUFFERS": 1,
     }  # fmt: skip
     return "\n".join(["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items()), ""])
 
 
 @lru_cache(maxsize=4096)
 def _kernel(
-    k: int, mode: int, once: bool, activation: str, early: int, dtype: torch.dtype, device: torch.device
+    k: int, mode: int, once: bool, activation: str, dtype: torch.dtype, device: torch.device
 ) -> tuple[Any, Shape]:
     """(kernel, its shape)."""
     shape = shape_of(k, mode)
-    source = config(k, shape, mode, once, activation, early, dtype == torch.bfloat16)
+    source = config(k, shape, mode, once, activation, dtype == torch.bfloat16)
     return nvrtc.functions("quantize.cu", source, ("quantize",), device, shape.shared)[0], shape
-
-
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(maxsize=64)
@@ -128,24 +124,25 @@ def _launch(
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"rows are {x.dtype}, expected bfloat16 or float16")
     for t, want in ((other, x.shape if mode == GATE else x.shape[-1:]), (plus, x.shape)):
-        if t is not None and (t.shape != want or t.dtype != x.dtype):
-            raise ValueError(f"beside rows of {tuple(x.shape)} {x.dtype} stands {tuple(t.shape)} {t.dtype}")
+        if t is not None and (t.shape != want or t.dtype != x.dtype or t.device != x.device):
+            here, there = (f"{tuple(u.shape)} {u.dtype} on {u.device}" for u in (x, t))
+            raise ValueError(f"beside rows of {here} stands {there}")
     flat, second, third = (_rows(x if t is None else t) for t in (x, other, plus))
     m = len(flat)
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     unit = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     if m:
-        early = EARLY[mode] if m <= FEW else 0
-        kernel, shape = _kernel(k, mode, rule.once, activation, early, x.dtype, x.device)
+        kernel, shape = _kernel(k, mode, rule.once, activation, x.dtype, x.device)
         kept, total = (t.data_ptr() for t in (*out, codes, codes)[:2])
         call = _Call(
             flat.data_ptr(), second.data_ptr(), _signs(k, x.device).data_ptr(), third.data_ptr(), total, kept,
             codes.data_ptr(), unit.data_ptr(), flat.stride(0), second.stride(0), third.stride(0), rule.eps,
-            rule.shift, hadamard_block(k) ** -0.5, m,
+            rule.shift, hadamard_block(k) ** -0.5, m, EARLY[mode] if m <= FEW else 0,
         )  # fmt: skip
-        blocks = min(m, _processors(x.device) * shape.resident)
+        blocks = min(m, nvrtc.processors(x.device) * shape.resident)
         stream = nvrtc.stream_of(x.device)
-        nvrtc.launch(kernel, (blocks, 1, 1), shape.threads, shape.shared, stream, call, after=m <= FEW)
+        with nvrtc.on(x.device):
+            nvrtc.launch(kernel, (blocks, 1, 1), shape.threads, shape.shared, stream, call, after=m <= FEW)
     return Int8Rows(codes.view(x.shape), unit.view(*x.shape[:-1], 1))
 
 

@@ -8,7 +8,7 @@
 // more and leave in pieces of 16 bytes.
 //
 // config.cuh, written by rows.py: K (numbers of a row), BLOCK (of the rotation, 128 to 8192), THREADS, RESIDENT (blocks
-// of a multiprocessor), MODE (0 nothing, 1 norm, 2 gate), ADD, ONCE, ACT (0 silu, 1 gelu_tanh), EARLY, BF16.
+// of a multiprocessor), MODE (0 nothing, 1 norm, 2 gate), ADD, ONCE, ACT (0 silu, 1 gelu_tanh), BF16.
 #include "tensor.cuh"
 
 constexpr int E = 32, TEAM = BLOCK / E, WARPS = THREADS / 32;  // numbers of a thread, threads of a Hadamard block
@@ -21,7 +21,7 @@ constexpr int late_mask() { return 1 << late(0) | 1 << late(1) | 1 << late(2) | 
 // Where number i stands in shared memory: threads write four numbers at once that differ in bits 1 and 2, and lanes of a
 // warp meet at no bank. A sum over i's bits.
 constexpr int place(int i) { return (i & 1) * 4 + (i >> 1 & 3) + (i & 56) + (i >> 6) * 72; }
-constexpr int FLOATS = THREADS * E / 64 * 72, BYTES_AT = (FLOATS + 4 * WARPS + 3) / 4 * 16;  // in shared memory
+constexpr int FLOATS = THREADS * E / 64 * 72, BYTES_AT = (FLOATS + 3 * WARPS + 3) / 4 * 16;  // in shared memory
 constexpr float MAGIC = 12582912.f;  // 1.5·2^23: the sum's low bits are the rounded number
 
 struct Call {
@@ -33,7 +33,7 @@ struct Call {
   float* unit;                 // (rows)
   i64 x_stride, other_stride, plus_stride;  // of rows, in numbers
   float eps, shift, scale;     // scale: of the rotation
-  int rows;
+  int rows, early;             // early: where the kernel behind this one is let in, 1 behind the loads, 2 before
 };
 
 DEVICE int piece_of(int t, int i) { return t / 32 * 1024 + i * 256 + t % 32 * 8; }  // of 8 numbers, of a thread
@@ -53,7 +53,7 @@ DEVICE void keep(u16* to, const u32 (&from)[E / 2], int t) {
 }
 DEVICE void team_sync(int team) {  // the threads of a Hadamard block
   if (TEAM <= 32) __syncwarp();
-  else if (TEAM == THREADS || THREADS / TEAM > 15) __syncthreads();
+  else if (TEAM == THREADS) __syncthreads();
   else named_sync(team + 1, TEAM);
 }
 DEVICE float sigmoid(float x) { return inverse(1.f + exp2_(x * -1.4426950408889634f)); }
@@ -84,11 +84,11 @@ constexpr int late_number(int r) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize(const __grid_constant__ Call c) {
   extern __shared__ __align__(128) u8 memory[];
-  float *floats = (float*)memory, *sums = floats + FLOATS;  // sums, tops: of this row and of the one before it
-  int* tops = (int*)sums + 2 * WARPS;
+  float *floats = (float*)memory, *sums = floats + FLOATS;
+  int* tops = (int*)sums + WARPS;  // of this row and of the one before it, which some warps may still read
   u8* bytes = memory + BYTES_AT;
   const int t = threadIdx.x, lane = t & 31, warp = t / 32, team = t / TEAM;
-  if (EARLY == 2) start_next();
+  if (c.early == 2) start_next();
   u32 x[E / 2], other[E / 2], plus[E / 2], h[4];
   const u32 sign = c.sign[t], one = BF16 ? 0x3F80u : 0x3C00u;
 #pragma unroll
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize(const _
   if (MODE == 1 && !ONCE && c.shift != 0)
 #pragma unroll
     for (int i = 0; i < E / 2; i++) other[i] = two_16(wide_low(other[i]) + c.shift, wide_high(other[i]) + c.shift);
-  if (EARLY == 1) start_next();
+  if (c.early == 1) start_next();
   for (int turns = 0; row < c.rows; turns ^= 1) {
     u32 now[E / 2];
     if (ADD) {
@@ -124,11 +124,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) quantize(const _
       }
 #pragma unroll
       for (int n = 16; n; n >>= 1) square += __shfl_xor_sync(~0u, square, n);
-      if (lane == 0) sums[turns * WARPS + warp] = square;
+      if (lane == 0) sums[warp] = square;
       __syncthreads();
       square = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) square += sums[turns * WARPS + w];
+      for (int w = 0; w < WARPS; w++) square += sums[w];
       const float inv = inverse_root(square * (1.f / K) + c.eps);
 #pragma unroll
       for (int i = 0; i < E / 2; i++) {
