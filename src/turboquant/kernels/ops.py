@@ -156,7 +156,7 @@ def explain_linear(spec: LinearSpec, device: torch.device | str = "cpu") -> list
         if r["op"] in ("norm_quantize", "gate_quantize") and r["kernel"] == "reference":
             r |= {"kernel": kernels["quantize"], "why": f"quantize after the model's own operations: {r['why']}"}
         if r["op"] == "add_norm_quantize" and r["kernel"] == "reference":
-            r |= {"kernel": kernels["norm_quantize"], "why": f"norm_quantize after the model's own addition: {r['why']}"}
+            r |= {"kernel": kernels["norm_quantize"], "why": f"norm_quantize after torch's addition: {r['why']}"}
     return rows
 
 
