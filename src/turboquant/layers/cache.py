@@ -134,22 +134,15 @@ class LayerCache:
         self.columns += columns
         self._release()
 
-    def holds(self, batch: int, tokens: int) -> bool:
-        """Whether a chunk of every one of `batch` sequences may come by a call that does what `step` does, between
-        `reserve` and `came`, and may be taken back by `crop` without loss."""
-        return self.buf is not None and len(self.lengths) == batch and tokens <= min(self.kv.chunk, self.kv.rewind)
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for tokens of every sequence.
+    def extend(self, tokens: int) -> None:
+        """Make room for tokens of every sequence and count them: a call adds them that does what `step` does.
 
         Raises:
             CacheError: they are more than the capacity.
         """
-        self._reserve([tokens] * len(self.lengths))
-
-    def came(self, tokens: int) -> None:
-        """Count tokens of every sequence that a call has added for which `reserve` made room."""
-        self._came([tokens] * len(self.lengths), tokens)
+        counts = [tokens] * len(self.lengths)
+        self._reserve(counts)
+        self._came(counts, tokens)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more in every sequence: a captured step has been replayed, which no code here sees.
@@ -306,12 +299,17 @@ class LayerCache:
             )
             assert self.layout is not None
             self._reach = rewind(self.buf, self.layout, self._reach, new, self._pages)
-        self.lengths = new
-        self.buf.length.copy_(torch.tensor(new))
-        self.columns -= columns
+        self.truncate(new, self.columns - columns)
+
+    def truncate(self, lengths: list[int], columns: int) -> None:
+        """Forget what came behind `lengths` tokens of the sequences, in `columns` columns: at most `rewind` tokens
+        behind the furthest ones ever held. Whatever broke off the step that added them, this may be repeated."""
+        assert self.buf is not None
+        self.lengths, self.columns = lengths, columns
+        self.buf.length.copy_(torch.tensor(lengths))
         if self.capacity is None:
-            self._held = [p[: n // self.kv.page] for p, n in zip(self._held, new, strict=True)]
-        self._padding = [[[a, min(b, self.columns)] for a, b in runs if a < self.columns] for runs in self._padding]
+            self._held = [p[: n // self.kv.page] for p, n in zip(self._held, lengths, strict=True)]
+        self._padding = [[[a, min(b, columns)] for a, b in runs if a < columns] for runs in self._padding]
         self._released = [min(r, len(p)) for r, p in zip(self._released, self._pages, strict=True)]
         self._collect()
 

@@ -36,17 +36,32 @@ class TurboQuantLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, cache: LayerCache, configs: list[Any]) -> None:
+    chain: Chain | None = None  # a layer pickled before there were chains has none
+
+    def __init__(self, cache: LayerCache, configs: list[Any], chain: Chain) -> None:
         super().__init__()
-        self.cache, self.configs, self.row_exact = cache, configs, False
+        self.__dict__["cache"] = cache
+        self.configs, self.chain, self.row_exact = configs, chain, False
         self.is_sliding = cache.window is not None
         self.is_initialized = True
+
+    @property
+    def cache(self) -> LayerCache:
+        """The cache, from which that has been taken back what layers computed together and the model did not ask
+        for."""
+        if self.chain is not None and self.chain.ahead:
+            self.chain.settle()
+        own: LayerCache = self.__dict__["cache"]
+        return own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"cache": self.cache}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TurboQuantLayer":
         """Of the same model: the copy of a prefix is continued by it."""
         memo |= {id(c): c for c in self.configs}
         out = memo[id(self)] = object.__new__(type(self))
-        out.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        out.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return out
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -119,7 +134,10 @@ class TurboQuantCache(Cache):
     Attributes:
         row_exact: set True to make every row of a prefill read what a decode step would read, as fidelity
             measurements need; by default a prompt chunk reads itself in 16 bit.
+        chain: the layers that run together; None in a cache pickled before there were chains.
     """
+
+    chain: Chain | None = None
 
     def __init__(self, model: Any, recipe: str | Recipe = "kv4", max_tokens: int | None = None) -> None:
         if not hasattr(model, "config"):
@@ -145,19 +163,20 @@ class TurboQuantCache(Cache):
         types, options = get_layer_types_and_kwargs(config)
         if isinstance(options, dict):  # transformers before 5.18: one set of options for all layers
             options = [options] * len(types)
+        chain = Chain()
         configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
         layers: list[Any] = []
         for i, (kind, kwargs) in enumerate(zip(types, options, strict=True)):
             if kind in OURS:
                 PageLayout(self.recipe.kv, _head_dim(model, config, i))
                 window = kwargs["sliding_window"] if kind == "sliding_attention" else None
-                layers.append(TurboQuantLayer(LayerCache(self.recipe.kv, window, max_tokens), configs))
+                layers.append(TurboQuantLayer(LayerCache(self.recipe.kv, window, max_tokens), configs, chain))
             elif kind in NOT_OURS:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
             else:
                 raise RecipeError(f"layer {i} has attention of type {kind!r}, which the cache cannot serve")
         super().__init__(layers=layers)
-        self.chain = Chain()
+        self.chain = chain
         self.fingerprint = storage.fingerprint(model, types)
         if not ours:
             model.set_attn_implementation(NAME)
@@ -181,19 +200,12 @@ class TurboQuantCache(Cache):
         """Token and layer pairs that arrived with a NaN or an infinity in their key or value."""
         return sum(int(c.buf.nonfinite.sum()) for c in (layer.cache for layer in self.ours) if c.buf is not None)
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        """See transformers: keys and values of one layer come."""
-        if not torch.compiler.is_compiling():
-            self.chain.settle()
-        return super().update(*args, **kwargs)
-
     def crop(self, tokens_to_remove: int) -> None:
         """-n takes back n columns; a positive number is the length to keep (transformers before 5.18).
 
         Raises:
             CacheError: a layer cannot take them back; no layer is changed then.
         """
-        self.chain.settle()
         for layer in self.ours:
             layer.check_crop(tokens_to_remove)
         order: list[Any] = self.layers  # type: ignore[has-type]
@@ -232,7 +244,6 @@ class TurboQuantCache(Cache):
 
     def save(self, path: str | Path) -> None:
         """Write the whole cache to a safetensors file (to a temporary file first, then renamed)."""
-        self.chain.settle()
         storage.save(self, Path(path))
 
     @classmethod

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from turboquant.integrations.transformers.attention import NAME, Pending, attention_forward
 from turboquant.integrations.transformers.cache import TurboQuantCache, TurboQuantLayer
-from turboquant.integrations.transformers.chain import Ready
+from turboquant.integrations.transformers.chain import Chain, Ready
 from turboquant.kernels.fused import rms_norm
 from turboquant.layers.cache import LayerCache
 from turboquant.layers.decoder import Formula, Step, parts_refusal
@@ -52,7 +52,7 @@ class _Forward(Decoder):
     ) -> Any:
         """As the layer's own forward, whose arguments these are."""
         if position_embeddings is not None and isinstance(past_key_values, TurboQuantCache) and not kwargs:
-            chain = past_key_values.chain if attention_mask is None and not torch.compiler.is_compiling() else None
+            chain = _chain(self, past_key_values, attention_mask, hidden_states, *position_embeddings)
             if chain is not None and (y := chain.take(self, hidden_states, position_embeddings)) is not None:
                 return y
             attention = self.self_attn
@@ -71,7 +71,7 @@ class _Forward(Decoder):
                     out, _ = attention_forward(attention, q, k, v, attention_mask, scaling=attention.scaling)
                     y = run.after(hidden_states, out)
                     if chain is not None:
-                        chain.note(self, hidden_states, y, position_embeddings)
+                        chain.see(self, y, position_embeddings)
                     return y
         given = kwargs | {
             "attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values,
@@ -97,6 +97,19 @@ def _idle(hook: Any) -> bool:
     return theirs and _active_collector is not None and not _active_collector.get()
 
 
+def _hooked(layer: Any) -> bool:
+    """Whether more is done when a layer runs, which may change what no tensor's identity or version tells."""
+    more = layer._forward_pre_hooks or not all(map(_idle, layer._forward_hooks.values()))
+    return bool(more) or "forward" in layer.__dict__
+
+
+def _chain(layer: Any, past: TurboQuantCache, mask: Tensor | None, *tensors: Tensor) -> Chain | None:
+    """What runs a layer together with others; None where it has to run by itself."""
+    if torch.compiler.is_compiling() or mask is not None or torch.is_inference_mode_enabled() or _hooked(layer):
+        return None
+    return None if any(t.is_inference() for t in tensors) else past.chain  # those count not how often they are written
+
+
 _UPDATES = TurboQuantCache.update, TurboQuantLayer.update, LayerCache.step  # what a call of several layers leaves out
 
 
@@ -104,7 +117,9 @@ def _ready(x: Tensor, angles: tuple[Tensor, Tensor], past: TurboQuantCache, laye
     """Whether and how a layer may run together with others whose input has the shape and dtype of x."""
     attention = layer.self_attn
     kept: Any = past.layers[attention.layer_idx]
-    if layer.training or attention.config._attn_implementation != NAME or not isinstance(kept, TurboQuantLayer):
+    if layer.training or attention.config._attn_implementation != NAME or _hooked(layer):
+        return None
+    if not isinstance(kept, TurboQuantLayer) or kept.chain is not past.chain:
         return None
     updates = past.update, kept.update, kept.cache.step
     if not all(getattr(f, "__func__", None) is own for f, own in zip(updates, _UPDATES, strict=True)):
@@ -112,7 +127,7 @@ def _ready(x: Tensor, angles: tuple[Tensor, Tensor], past: TurboQuantCache, laye
     if not any(attention.config is c for c in kept.configs):
         return None
     run = layer.step and layer.step.run(x, *angles)
-    return run and Ready(run, kept.cache, attention.scaling)
+    return run and Ready(run, kept.cache, attention.scaling or attention.head_dim**-0.5)
 
 
 def _refusal(layer: Any) -> str | None:
