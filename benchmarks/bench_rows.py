@@ -197,7 +197,7 @@ def plot(source: Path, target: Path) -> None:
         right.plot(m, [r["net_percent"] for r in some], "o--", color=color)
     left.set(title="before the product (dotted: in bf16)", ylabel="µs", yscale="symlog")
     right.set(
-        title=f"% of the w4a8 product, product.cu's up to {few} rows, else humming's\n(dashed: less what bf16 pays)"
+        title=f"% of the w4a8 product (dashed: less what bf16 pays)\nproduct.cu's up to {few} rows, then humming's"
     )
     for axis in (left, right):
         axis.set(xscale="log", xlabel="rows")
