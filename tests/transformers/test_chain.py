@@ -337,7 +337,8 @@ def test_a_step_that_was_broken_off(native, what, model, several, monkeypatch, t
 @torch.no_grad()
 def by_hand(model, cache, i, mode):
     x = model.model.embed_tokens(ids(1))
-    angles = model.model.rotary_emb(x, torch.full((1, 1), i))
+    with torch.inference_mode(i == 33):
+        angles = model.model.rotary_emb(x, torch.full((1, 1), i))
     x = model.model.layers[0](x, position_embeddings=angles, past_key_values=cache)
     with mode:
         for layer in model.model.layers[1:]:
@@ -352,7 +353,8 @@ def test_inference_mode_and_gradients(mode, model, several):
     y = by_hand(model, cache, 32, mode())  # from the second layer on
     assert y.is_inference() if mode is torch.inference_mode else y.requires_grad
     with torch.inference_mode():
-        _ = by_hand(model, cache, 33, mode()), model(ids(1), past_key_values=cache)
+        model(ids(1), past_key_values=cache)
+    by_hand(model, cache, 33, torch.no_grad())  # with angles that do not count how often they are written
     model(ids(1), past_key_values=cache)  # weights of norms require gradients
     assert [c.cache.columns for c in cache.ours] == [36] * 3 and several == [3, 3]
     steps(model, cache, (1, 1))
@@ -392,6 +394,6 @@ def test_masks_positions_windows_and_scaling_of_each_layer(tiny, several):
 
 def test_a_cache_pickled_before_there_were_chains(model, several):
     cache = TurboQuantCache(model, RECIPE)
-    for one in (cache, *cache.layers):
-        del one.__dict__["chain"]
-    assert steps(model, cache, (30, 1, 1)).isfinite().all() and not several
+    for some in (cache.layers, [cache]):  # layers that were moved into another cache have another
+        assert all(one.__dict__.pop("chain") for one in some)
+        assert steps(model, cache, (30, 1, 1)).isfinite().all() and not several
