@@ -303,3 +303,21 @@ def following():
                 torch.testing.assert_close(got, want, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def replays_alike():
+    """(chain, x): a CUDA graph of chain(x, False) replays the bits of chain(x, True), whose kernels run alone."""
+
+    def check(chain, x: Tensor) -> None:
+        want, graph = chain(x, True), torch.cuda.CUDAGraph()
+        assert want.isfinite().all() and want.any()
+        chain(x, False)
+        with torch.cuda.graph(graph):
+            got = chain(x, False)
+        for _ in range(20):
+            got.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(got, want)
+
+    return check

@@ -143,14 +143,13 @@ def emulated(monkeypatch, emulation):
         library = emulation("append", append.config(layout, dtype))
         return [(library, name) for name in (b"encode", b"rows", b"stats", b"store")]
 
-    def launch(kernel, blocks, threads, shared, stream, call, after=False):
+    def launch(kernel, blocks, threads, shared, device, call, after=False):
         kernel[0].run(kernel[1], ctypes.byref(call), *blocks, threads)
         assert kernel[1] != b"store" or not counters.any()
 
     monkeypatch.setattr(append, "zeros", lambda count, device: counters[:count])
     monkeypatch.setattr(append, "_kernels", kernels)
     monkeypatch.setattr(nvrtc, "launch", launch)
-    monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["finite", "odd"])
@@ -182,7 +181,6 @@ def test_threads_take_turns_where_kernels_hand_counters_on(tokens, monkeypatch):
 
     monkeypatch.setattr(append, "_kernels", lambda *args: ("encode", "rows", "stats", "store"))
     monkeypatch.setattr(nvrtc, "launch", launch)
-    monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
     call()
     others[0].join()
     assert launched == ["stats", "rows", "store"] * 2

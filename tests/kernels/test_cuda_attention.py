@@ -191,13 +191,12 @@ def emulated(monkeypatch, emulation, request):
         at = dict(block_warps=warps, blocks=multiprocessors, shared=0)
         return SimpleNamespace(rows=height * tiles, **at, attend=(run, b"attend"))
 
-    def launch(kernel, blocks, threads, shared, stream, call, after=False):
+    def launch(kernel, blocks, threads, shared, device, call, after=False):
         run, name = kernel
         run(name, ctypes.byref(call), *blocks, threads)
 
     monkeypatch.setattr(cuda, "_kernel", kernel)
     monkeypatch.setattr(nvrtc, "launch", launch)
-    monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
 
 
 EMULATED = [

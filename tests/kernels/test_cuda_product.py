@@ -5,9 +5,11 @@ Without a GPU its source runs with CUDA's threads as fibers of the CPU (emulatio
 
 import ctypes
 import importlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from itertools import product as product_of
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,7 +119,7 @@ def emulated(monkeypatch, emulation):
         shape = product.shape_of(n, k, group, planes, m, 4)  # multiprocessors: some are split and some are not
         return emulation("product", product.config(shape, k, group, planes, dtype)), shape
 
-    def launch(kernel, blocks, threads, shared, stream, call, after=False, cluster=1):
+    def launch(kernel, blocks, threads, shared, device, call, after=False, cluster=1):
         assert after and blocks[0] == cluster and shared <= product.SHARED and blocks[1] <= call.n // product.OUTPUTS
         assert kernel.run(ctypes.byref(call), blocks[0], blocks[1], threads, cluster) == 0
 
@@ -127,7 +129,6 @@ def emulated(monkeypatch, emulation):
     monkeypatch.setattr(product, "_kernel", kernel)
     monkeypatch.setattr(nvrtc, "processors", lambda device: 4)
     monkeypatch.setattr(nvrtc, "launch", launch)
-    monkeypatch.setattr(nvrtc, "stream_of", lambda device: 0)
     monkeypatch.setattr(product.torch, "empty", empty)
 
 
@@ -205,7 +206,7 @@ def test_on_the_gpu(case):
 @pytest.mark.cuda
 @pytest.mark.hopper
 @pytest.mark.parametrize("case", [Case(4096, 4096, g, m) for g in (0, 128) for m in (3, 8, 16)], ids=str)
-def test_a_chain_in_a_graph_has_the_bits_of_single_calls(case):
+def test_a_chain_in_a_graph_has_the_bits_of_single_calls(case, replays_alike):
     """Twelve quantizers and products behind one another, nothing of torch's between them: each may start while the one
     before it runs. One in three is behind a norm, so that numbers stay finite."""
     packed = operands(case, "cuda")[0]
@@ -226,15 +227,7 @@ def test_a_chain_in_a_graph_has_the_bits_of_single_calls(case):
         return x
 
     x = torch.randn(case.rows, case.k, device="cuda").to(BF16)
-    want, graph = chain(x, True), torch.cuda.CUDAGraph()
-    assert want.isfinite().all() and want.any()
-    chain(x, False)
-    with torch.cuda.graph(graph):
-        got = chain(x, False)
-    for _ in range(20):
-        got.fill_(torch.nan)
-        graph.replay()
-        assert torch.equal(got, want)
+    replays_alike(chain, x)
 
 
 @pytest.mark.nvrtc
@@ -247,3 +240,27 @@ def test_the_source_compiles(case):
     assert shape.shared <= (product.HALF if shape.depth > 2 else product.SHARED)
     source = product.config(shape, case.k, group, case.stages, case.dtype)
     assert nvrtc.compile_source("product.cu", source, "sm_90a")[:4] == b"\x7fELF"
+
+
+def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    """Whichever is torch's current one, and in torch's stream there."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    entered, launched = [], []
+
+    @contextmanager
+    def device(where):
+        entered.append(where)
+        yield
+        entered.pop()
+
+    def launch(config, kernel, arguments, extra):
+        launched.append((list(entered), int(config.hStream), config.gridDimX, config.sharedMemBytes, config.numAttrs))
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: SimpleNamespace(cuda_stream=70 + where.index))
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", launch)
+    for index, cluster in ((0, 1), (1, 4)):
+        where = torch.device("cuda", index)
+        nvrtc.launch("kernel", (4, 5, 1), 256, 1024, where, product._Call(), after=True, cluster=cluster)
+        assert launched.pop() == ([where], 70 + index, 4, 1024, 1 + (cluster > 1))

@@ -19,7 +19,8 @@ from turboquant.kernels.cpu.cache import isas
 from turboquant.kernels.cpu.step import DecoderStep
 from turboquant.layers.convert import dequantize_model
 from turboquant.layers.decoder import Formula, Step
-from turboquant.layers.fused import Decoder, unfuse
+from turboquant.layers.fuse import unfuse
+from turboquant.layers.fused import Decoder
 
 pytestmark = pytest.mark.skipif(not isas(), reason="the native module is not built")
 FITS = {"llama-mha", "llama-gqa", "llama-mqa", "qwen2", "mistral"}
@@ -406,6 +407,8 @@ def test_additions_by_norms_have_the_bits_of_the_modules(tiny, sums):
     assert torch.equal(got, want) and len(sums) == 2 * 3 - 1
     sums.clear()
     assert torch.equal(steps(model), steps(plain)) and len(sums) == 5 * 5
+    rows = explain_decoders(model, torch.bfloat16, "cpu")
+    assert all(r["kernel"] == "none" and r["why"].endswith("the norms behind its additions make these") for r in rows)
     sums.clear()
     assert (
         torch.equal(steps(copy.deepcopy(model)), steps(plain)) and len(sums) == 3 * 5

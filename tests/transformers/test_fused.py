@@ -10,7 +10,9 @@ from transformers import DynamicCache
 from turboquant.kernels import fused, ops
 from turboquant.kernels.cpu.cache import isas
 from turboquant.layers.convert import Plan, dequantize_model, quantize_model, quantized
-from turboquant.layers.fused import DenseHead, FusedMLP, FusedNorm, explain_fused, fuse, gate_rule, norm_rule, unfuse
+from turboquant.layers.formulas import gate_rule, norm_rule
+from turboquant.layers.fuse import explain_fused, fuse, unfuse
+from turboquant.layers.fused import DenseHead, FusedMLP, FusedNorm
 from turboquant.layers.linear import QuantLinear
 from turboquant.recipe import parse_recipe
 

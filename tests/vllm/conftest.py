@@ -225,7 +225,7 @@ def transformers_logprobs():
         from transformers import AutoModelForCausalLM
 
         from turboquant import TurboQuantConfig
-        from turboquant.layers.fused import unfuse
+        from turboquant.layers.fuse import unfuse
 
         how = {} if recipe is None else {"quantization_config": TurboQuantConfig(recipe, **options)}
         net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **how).eval()

@@ -22,6 +22,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+NUMBERS = {name: i for i, name in enumerate(ACTIVATIONS)}  # as the sources of the kernels number them
+
+
 @dataclass(frozen=True)
 class NormRule:
     """How a norm computes x / sqrt(mean(x²) + eps) · (weight + shift).

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from turboquant.kernels.fused import NormRule
 from turboquant.kernels.linear import Shared
 from turboquant.layers.embedding import QuantEmbedding
-from turboquant.layers.fused import fuse, norm_before, norm_rule, unfuse
+from turboquant.layers.formulas import norm_rule
+from turboquant.layers.fuse import fuse, norm_before, unfuse
 from turboquant.layers.linear import QuantExperts, QuantLinear
 from turboquant.recipe import Recipe, RecipeError, parse_recipe
 

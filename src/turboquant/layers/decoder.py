@@ -93,7 +93,7 @@ class Step:
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
         """The kernel's object for rows x (B, n, K) and their angles; None where the modules have to run."""
-        if torch.compiler.is_compiling() or x.is_inference() or x.dim() != 3 or self._changed() is not None:
+        if torch.compiler.is_compiling() or x.is_inference() or x.dim() != 3 or self.changed() is not None:
             return None
         tensors = self._tensors()
         if ops.wants_grad(x, *tensors):
@@ -113,13 +113,9 @@ class Step:
         made = self._made
         return None if made is None or not 0 < x.numel() <= made.most * made.width else made
 
-    def unchanged(self) -> bool:
-        """Whether the modules compute what they did when the layer was tried."""
-        return self._changed() is None
-
     def refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why no rows of a dtype on a device run in two calls, None if up to `most` do."""
-        return self._changed() or self._unfit(dtype, device, self._tensors())
+        return self.changed() or self._unfit(dtype, device, self._tensors())
 
     def replaced(self) -> bool:
         """Whether another module stands in a part's place than when this was made."""
@@ -160,7 +156,8 @@ class Step:
         runs = [ops.fused("decoder_step", m.slot.spec(dtype), device) for m in self.linears]
         return runs[0] if all(runs) else None
 
-    def _changed(self) -> str | None:
+    def changed(self) -> str | None:
+        """Why the modules may not compute what they did when the layer was tried."""
         if hooks._global_forward_hooks or hooks._global_forward_pre_hooks or hooks._global_backward_hooks:
             return "there are hooks on all modules"
         for owner, name, part, kind in self.parts:

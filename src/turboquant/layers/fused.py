@@ -1,16 +1,13 @@
 """Norms and MLPs whose output a quantized layer reads: modules that let one kernel do norm or activation, rotation and
 rounding. And output embeddings that stay as they are, whose product torch computes slowly for one row.
 
-They stand where the model's own modules stood, with the same parameters and children under the same names. A norm
-still returns its output in the model's dtype, for adapters, routers and other readers; the rows go along, to be found
-by the layers that read that very tensor. Which formula a module computes is found by trying: a copy of it with random
-weights must return the formula's output bit for bit, else the module stays as it is. Where no kernel can fuse (another
-device, gradients, a compiled or a forced backend) the formula runs, that is, what ran before.
+They stand where the model's own modules stood (`fuse` puts them there), with the same parameters and children under the
+same names. A norm still returns its output in the model's dtype, for adapters, routers and other readers; the rows go
+along, to be found by the layers that read that very tensor. Where no kernel can fuse (another device, gradients, a
+compiled or a forced backend) the formula runs, that is, what ran before.
 """
 
-import copy
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,76 +18,6 @@ from turboquant.kernels import ops
 from turboquant.kernels.fused import ACTIVATIONS, NormRule, norm_refusal, rms_norm
 from turboquant.kernels.linear import Coded
 from turboquant.layers.linear import QuantLinear
-from turboquant.layers.together import Together
-
-NORM_BEFORE = {  # which norm of the block scales the input of which layer
-    "q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
-    "qkv_proj": "input_layernorm",
-    "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm",
-    "gate_up_proj": "post_attention_layernorm",
-}  # fmt: skip
-
-
-def norm_before(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
-    """(name, module) of the norm whose output the linear layer `name` reads, None if there is none known."""
-    parent, _, last = name.rpartition(".")
-    norm = NORM_BEFORE.get(last)
-    block = parent.rpartition(".")[0]
-    try:
-        module = model.get_submodule(block)
-    except AttributeError:
-        return None
-    if norm == "post_attention_layernorm":
-        if hasattr(module, "pre_feedforward_layernorm"):
-            norm = "pre_feedforward_layernorm"  # Gemma's block has a norm on either side of each part
-        elif hasattr(module, "post_feedforward_layernorm"):
-            return None  # OLMo 2's has them behind each part alone
-    found = getattr(module, norm, None) if norm is not None else None
-    return (f"{block}.{norm}" if block else str(norm), found) if isinstance(found, nn.Module) else None
-
-
-def _changed(module: nn.Module) -> str | None:
-    """What somebody has hung on a module that a module in its place would not do."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in module.__dict__:
-        return "it has hooks"
-    return None
-
-
-def bare(module: nn.Module) -> Any:
-    """A copy of a module without its hooks, to be tried: nobody's hook shall see what it is tried with."""
-    new = copy.copy(module)
-    for name, value in module.__dict__.items():
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
-            new.__dict__[name] = type(value)()
-    return new
-
-
-@torch.no_grad()
-def norm_rule(module: nn.Module) -> NormRule | str:
-    """The formula of an RMSNorm, or why it is none of those known."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or len(module._parameters) != 1 or module._buffers:
-        return f"{type(module).__name__} is no norm with a weight alone"
-    if isinstance(module, FusedNorm):
-        return module.rule
-    eps = next((e for n in ("variance_epsilon", "eps") if isinstance(e := getattr(module, n, None), float)), None)
-    if eps is None:
-        return f"{type(module).__name__} has no eps that is known"
-    draw = torch.Generator().manual_seed(0)
-    probe = bare(module)
-    w = (torch.rand(len(weight), generator=draw) + 0.5).to(weight.dtype)
-    probe._parameters = {"weight": nn.Parameter(w, requires_grad=False)}
-    x = torch.randn(4, len(weight), generator=draw) * torch.tensor([1.0, 30.0, 1e-3, 1e-5])[:, None]
-    x = x.to(weight.dtype)
-    try:
-        want = probe(x)
-    except Exception as e:
-        return f"{type(module).__name__} cannot be tried ({type(e).__name__})"
-    for rule in (NormRule(eps), NormRule(eps, 1.0, True), NormRule(eps, 0.0, True)):
-        got = rms_norm(x, w, rule)
-        if isinstance(want, Tensor) and want.dtype == got.dtype and torch.equal(got, want):
-            return rule
-    return f"{type(module).__name__} computes none of the formulas known"
 
 
 @dataclass(frozen=True)
@@ -101,45 +28,22 @@ class GateRule:
     joint: bool
 
 
-@torch.no_grad()
-def gate_rule(module: nn.Module) -> GateRule | str:
-    """The formula of an MLP, or why it is not known."""
-    kind, have = type(module).__name__, set(module._modules)
-    joint = "gate_up_proj" in have
-    linear = {"gate_up_proj", "down_proj"} if joint else {"gate_proj", "up_proj", "down_proj"}
-    act = next((a for n in ("act_fn", "activation_fn") if callable(a := getattr(module, n, None))), None)
-    if not linear <= have or act is None or module._parameters or module._buffers:
-        return f"{kind} is no MLP of {', '.join(sorted(linear))} and an activation alone"
-    draw = torch.Generator().manual_seed(0)
-    parts: dict[str, nn.Module] = {}
-    for name in sorted(linear):
-        n, k = (32, 16) if name == "gate_up_proj" else (16, 16)
-        parts[name] = nn.Linear(k, n, bias=False)
-        parts[name].weight.data = torch.randn(n, k, generator=draw)
-    probe = bare(module)
-    probe._modules = {n: parts.get(n) or (m and bare(m)) for n, m in module._modules.items()}
-    x = torch.randn(9, 16, generator=draw)
-    try:
-        want = probe(x)
-    except Exception as e:
-        return f"{kind} cannot be tried ({type(e).__name__})"
-    gate, up = parts["gate_up_proj"](x).chunk(2, -1) if joint else (parts["gate_proj"](x), parts["up_proj"](x))
-    for name, activation in ACTIVATIONS.items():
-        got = parts["down_proj"](activation(gate) * up)
-        if isinstance(want, Tensor) and torch.equal(got, want):
-            return GateRule(name, joint)
-    return f"{kind} computes no formula known (activations: {', '.join(ACTIVATIONS)})"
+def changed(module: nn.Module) -> str | None:
+    """What somebody has hung on a module that a module in its place would not do."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in module.__dict__:
+        return "it has hooks"
+    return None
 
 
-def _reads_int8(layer: Any) -> bool:
+def reads_int8(layer: Any) -> bool:
     """Whether a module is a quantized layer, and nothing else, that takes rows made for it."""
-    if not isinstance(layer, QuantLinear) or _changed(layer):
+    if not isinstance(layer, QuantLinear) or changed(layer):
         return False
     a = layer.recipe.activations
     return a is not None and a.bits == 8
 
 
-class Ahead:
+class NormedSum:
     """The norm of a sum that was made together with it: for one call with that very tensor, if neither was written to
     since, nor the weight, and what runs would run the same."""
 
@@ -179,7 +83,7 @@ class FusedNorm(nn.Module):
     def __init__(self, norm: nn.Module, rule: NormRule, reader: QuantLinear) -> None:
         super().__init__()
         self.register_parameter("weight", norm._parameters["weight"])
-        self.rule, self.own, self.slot, self.ahead = rule, (norm,), reader.slot, Ahead()
+        self.rule, self.own, self.slot, self.ahead = rule, (norm,), reader.slot, NormedSum()
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,14 +101,14 @@ class FusedNorm(nn.Module):
         if run is None:
             x = x + y
             return x, self(x)
-        x, *made = run(x, y, self.weight, self.rule, self.slot.recipe.activations)
-        return x, self._put(*made)
+        return self._add(run, x, y)
 
     def add_ahead(self, x: Tensor, y: Tensor) -> Tensor:
         """x + y; its norm is kept for when this module is called with that very tensor."""
-        if _changed(self) or self.kernel("add_norm_quantize", x, y) is None:
+        run = None if changed(self) else self.kernel("add_norm_quantize", x, y)
+        if run is None:
             return x + y
-        x, y = self.add(x, y)
+        x, y = self._add(run, x, y)
         self.ahead.put(x, self.weight, y)
         return x
 
@@ -222,6 +126,10 @@ class FusedNorm(nn.Module):
         if self.slot.recipe.activations is None or self.slot.shared is None:
             return None
         return ops.fused(op, self.slot.spec(x.dtype), x.device)
+
+    def _add(self, run: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, *made = run(x, y, self.weight, self.rule, self.slot.recipe.activations)
+        return x, self._put(*made)
 
     def _put(self, y: Tensor, rows: Any) -> Tensor:
         """Let the layers that read y find its rows."""
@@ -263,7 +171,7 @@ class FusedMLP(nn.Module):
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
         down, run = self.down_proj, None
-        plain = torch.compiler.is_compiling() or not gate.numel() or not _reads_int8(down)
+        plain = torch.compiler.is_compiling() or not gate.numel() or not reads_int8(down)
         if not plain and not ops.wants_grad(gate, up, down.bias):
             run = ops.fused("gate_quantize", down.slot.spec(gate.dtype), gate.device)
         if run is None:
@@ -278,7 +186,7 @@ class FusedMLP(nn.Module):
     def kernel(self, dtype: torch.dtype, device: torch.device) -> Any:
         """The op "mlp" that computes all of it in one call; None where no backend has one for these layers."""
         layers = [*self._wide(), self.down_proj]
-        if not all(map(_reads_int8, layers)):
+        if not all(map(reads_int8, layers)):
             return None
         runs = [ops.fused("mlp", m.slot.spec(dtype), device) for m in layers]
         return runs[-1] if all(runs) else None
@@ -309,110 +217,3 @@ class Decoder:
     own: tuple[nn.Module, ...]
     formula: Any  # its `layers.decoder.Formula`, or why it has none
     step: Any  # its `layers.decoder.Step`, None until it is asked for
-
-
-def _readers(model: nn.Module) -> dict[str, tuple[Any, list[QuantLinear]]]:
-    """Name of a norm -> the norm and the quantized layers that read it: q, k and v, gate and up."""
-    norms: dict[str, tuple[Any, list[QuantLinear]]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear) and _reads_int8(layer) and (found := norm_before(model, name)):
-            norms.setdefault(found[0], (found[1], []))[1].append(layer)
-    return norms
-
-
-def _put_together(model: nn.Module) -> None:
-    for _, layers in _readers(model).values():
-        some = [m for m in layers if m.recipe.weights is not None and m.in_features == layers[0].in_features]
-        if len(some) > 1:
-            together = Together(some)
-            for m in some:
-                m.together = together
-
-
-def _candidates(model: nn.Module) -> Iterator[tuple[str, Any, str, QuantLinear, Any]]:
-    """(name, module, op, the layer that reads its output, rule or why it has none) of norms and MLPs as they were."""
-    for name, (norm, (layer, *_)) in _readers(model).items():
-        if not isinstance(norm, FusedNorm):
-            narrow = None if norm.weight.shape == (layer.in_features,) else "its width is another"
-            yield name, norm, "norm_quantize", layer, _changed(norm) or narrow or norm_rule(norm)
-    for name, mlp in list(model.named_modules()):
-        down: Any = getattr(mlp, "down_proj", None)
-        if not isinstance(mlp, FusedMLP) and _reads_int8(down):
-            yield name, mlp, "gate_quantize", down, _changed(mlp) or gate_rule(mlp)
-
-
-def fuse(model: nn.Module, head: nn.Module | None = None) -> list[dict[str, Any]]:
-    """Put fused modules in place of norms and MLPs around quantized layers with 8-bit inputs, and let layers that read
-    one input run together.
-
-    Args:
-        head: the output embeddings, which get a product of their own where they stay as they are.
-
-    Returns:
-        one row for each norm and MLP that was looked at: {"name", "op", "fused", "why"}.
-    """
-    rows = []
-    for name, module in list(model.named_modules()):
-        if module is head and type(module) is nn.Linear and not _changed(module):
-            _put(model, name, DenseHead(module))
-    _put_together(model)
-    for name, module, op, layer, rule in list(_candidates(model)):
-        known = not isinstance(rule, str)
-        if known:
-            _put(model, name, FusedNorm(module, rule, layer) if op == "norm_quantize" else FusedMLP(module, rule))
-        rows.append({"name": name, "op": op, "fused": known, "why": str(rule) if known else f"as it is: {rule}"})
-    return rows
-
-
-def explain_fused(model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> list[dict[str, str]]:
-    """Which norms and MLPs of a quantized model quantize what they return in one pass with inputs of a dtype.
-
-    Returns:
-        rows {"name", "op", "kernel" ("none" where two run one after another), "why"}.
-    """
-    rows = [{"name": name, "op": op, "kernel": "none", "why": f"{rule}"} for name, _, op, _, rule in _candidates(model)]
-    for name, module in model.named_modules():
-        if isinstance(module, DenseHead):
-            kernel, why = ops.explain_dense(module.weight)
-            rows.append({"name": name, "op": "dense", "kernel": kernel, "why": why})
-            continue
-        if isinstance(module, FusedNorm):
-            op, slot = "norm_quantize", module.slot
-        elif isinstance(module, FusedMLP) and _reads_int8(module.down_proj):
-            op, slot = "gate_quantize", module.down_proj.slot
-        else:
-            continue
-        whole = module.kernel(dtype, torch.device(device)) if isinstance(module, FusedMLP) else None
-        run = whole or ops.fused(op, slot.spec(dtype), torch.device(device))
-        kernel = "none" if run is None else run.__module__.removeprefix("turboquant.kernels.").split(".")[0]
-        why = next(r["why"] for r in ops.explain_linear(slot.spec(dtype), device) if r["op"] == op)
-        if whole is not None:
-            op, why = "mlp", "all of it in one call"
-        elif op == "norm_quantize" and (refusal := norm_refusal(module.weight, dtype)) is not None:
-            kernel, why = "none", refusal
-        rows.append({"name": name, "op": op, "kernel": kernel, "why": why})
-    return rows
-
-
-def unfuse(model: nn.Module) -> None:
-    """Put the model's own norms, MLPs and decoder layers back, with the parameters and children that their stand-ins
-    have now."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            module.together = None
-        if isinstance(module, FusedNorm):
-            module.own[0].weight = module.weight
-        elif isinstance(module, FusedMLP):
-            module.own[0]._modules.update(module._modules)
-        elif isinstance(module, DenseHead):
-            module.own[0]._parameters.update(module._parameters)
-        elif not isinstance(module, Decoder):
-            continue
-        own = module.own[0]
-        own.training = module.training
-        _put(model, name, own)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from turboquant.integrations.transformers.attention import NAME, Pending, attention_forward
 from turboquant.integrations.transformers.cache import TurboQuantCache, TurboQuantLayer
 from turboquant.integrations.transformers.chain import Chain, Ready
+from turboquant.kernels import ops
 from turboquant.kernels.fused import rms_norm
 from turboquant.layers.cache import LayerCache
 from turboquant.layers.decoder import Formula, Step, parts_refusal
-from turboquant.layers.fused import Decoder, FusedNorm, bare
+from turboquant.layers.formulas import bare
+from turboquant.layers.fused import Decoder, FusedNorm
 
 try:  # not public: without it, recording hooks count as any others
     from transformers.utils.output_capturing import _active_collector
@@ -153,7 +155,7 @@ def _adds(layer: Any, x: Tensor) -> bool:
     if layer.training or not isinstance(norm, FusedNorm) or norm.kernel("add_norm_quantize", x) is None:
         return False
     _renewed(layer)
-    return layer.step is not None and layer.step.unchanged()
+    return layer.step is not None and layer.step.changed() is None
 
 
 class _Probe:
@@ -288,7 +290,9 @@ def _explained(layer: Any, dtype: torch.dtype, device: torch.device) -> tuple[st
     if why is None and (layer.training or "forward" in layer.__dict__):
         why = "it is in training mode" if layer.training else "it was given another forward"
     if why is not None:
-        return "none", why
+        norm = layer.post_attention_layernorm
+        adds = layer.step and not layer.training and ops.fused("add_norm_quantize", norm.slot.spec(dtype), device)
+        return "none", f"{why}; the norms behind its additions make these" if adds else why
     kernel = layer.step.kernel(dtype, device).__module__
     return kernel.removeprefix("turboquant.kernels.").split(".")[0], "all but attention in two calls"
 

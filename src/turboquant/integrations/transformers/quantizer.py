@@ -26,7 +26,7 @@ from turboquant.layers.convert import (
     targets,
 )
 from turboquant.layers.embedding import QuantEmbedding
-from turboquant.layers.fused import fuse
+from turboquant.layers.fuse import fuse
 from turboquant.layers.linear import QuantLinear
 from turboquant.layers.moments import moments_without_data
 from turboquant.packed.checkpoint import CheckpointError, check

@@ -134,7 +134,7 @@ def mlp(
     Args:
         x: (..., K) float32, bfloat16 or float16.
         wide: gate and up (J, K), or both in one weight (2·J, K); down: (N, J), J a multiple of 16. Each with its bias.
-        activation: one of `rows.ACTIVATIONS`.
+        activation: one of `fused.ACTIVATIONS`.
         recipe: of 8 bit. state: of the layer down.
 
     Returns:

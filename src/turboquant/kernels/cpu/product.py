@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels.cpu import cache
-from turboquant.kernels.cpu.rows import ACTIVATIONS, LEAST_BLOCK, _signs
+from turboquant.kernels.cpu.rows import LEAST_BLOCK, _signs
+from turboquant.kernels.fused import NUMBERS
 from turboquant.maths.activations import Int8Rows
 from turboquant.maths.rotation import hadamard_block
 from turboquant.packed.tensor import PackedTensor
@@ -96,11 +97,11 @@ def mlp(wide: Packed, down: Packed, x: Tensor | Int8Rows, activation: str, dtype
     """down(activation(gate)·up) of rows as for `multiply`, each step rounded to `dtype` as modules round it: (..., N).
 
     Args:
-        wide: gate and up, as one weight or two. activation: one of `rows.ACTIVATIONS`.
+        wide: gate and up, as one weight or two. activation: one of `fused.ACTIVATIONS`.
     """
     at, sizes, lead, _alive = _input(wide, x, dtype)
     out, signs = torch.empty(*lead, down.outputs[0], dtype=dtype), _signs(down.inputs)
-    more = signs.data_ptr(), down.block, down.block**-0.5, ACTIVATIONS[activation]
+    more = signs.data_ptr(), down.block, down.block**-0.5, NUMBERS[activation]
     cache._native.mlp(
         wide.native,
         down.native,

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels.cpu import cache
-from turboquant.kernels.fused import NormRule, norm_refusal
+from turboquant.kernels.fused import NUMBERS, NormRule, norm_refusal
 from turboquant.maths.activations import Int8Rows
 from turboquant.maths.rotation import hadamard_block, signs
 from turboquant.recipe import ActivationRecipe
 
 LEAST_BLOCK = 16
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # as csrc/spec.h numbers them
 
 
 @lru_cache(maxsize=64)
@@ -79,7 +78,7 @@ def gate_quantize(gate: Tensor, up: Tensor, activation: str, recipe: ActivationR
     if a.stride(0) != b.stride(0):
         a, b = a.contiguous(), b.contiguous()
     rows, args, _alive = _arguments(a, gate.shape, hadamard_block(gate.shape[-1]))
-    cache._native.gate_quantize(cache.isa(), torch.get_num_threads(), *args, b.data_ptr(), ACTIVATIONS[activation])
+    cache._native.gate_quantize(cache.isa(), torch.get_num_threads(), *args, b.data_ptr(), NUMBERS[activation])
     return rows
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels.cpu import cache, product
-from turboquant.kernels.cpu.rows import ACTIVATIONS, _signs
-from turboquant.kernels.fused import NormRule
+from turboquant.kernels.cpu.rows import _signs
+from turboquant.kernels.fused import NUMBERS, NormRule
 from turboquant.packed.buffers import CacheBuffers
 from turboquant.packed.page import PageLayout
 
@@ -50,7 +50,7 @@ class DecoderStep:
             [s.data_ptr() for s in signs],
             [p.block for p in turned],
             [p.block**-0.5 for p in turned],
-            ACTIVATIONS[activation],
+            NUMBERS[activation],
             cache.DTYPES[dtype],
         )
 

@@ -185,13 +185,13 @@ def cache_append(buf: CacheBuffers, layout: PageLayout, q: Tensor, k: Tensor, v:
         buf.pages.shape[0], buf.table.shape[1], b, h, q.shape[1] // h, n, layout.kv.ring_slots, layout.kv.sinks,
         buf.readers.shape[2], buf.tracker.shape[1], several, front,
     )  # fmt: skip
-    stream, block = nvrtc.stream_of(k.device), threads(layout)
+    block = threads(layout)
     if several:
         units = -(-pages // (block // 32)) + 2 * pages  # headers, values, keys of a KV head
         with TURN:
-            nvrtc.launch(stats, (pages, h, b), block, 0, stream, call)
-            nvrtc.launch(rows, (units * h, 1, b), block, _memory(layout), stream, call, after=True)
-            nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, stream, call, after=True)
+            nvrtc.launch(stats, (pages, h, b), block, 0, k.device, call)
+            nvrtc.launch(rows, (units * h, 1, b), block, _memory(layout), k.device, call, after=True)
+            nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, k.device, call, after=True)
         return
-    nvrtc.launch(encode, (1, h, b), block, _memory(layout), stream, call)
-    nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, stream, call, after=True)
+    nvrtc.launch(encode, (1, h, b), block, _memory(layout), k.device, call)
+    nvrtc.launch(store, (front + tail, b, 1), STORE_THREADS, 0, k.device, call, after=True)

@@ -164,9 +164,9 @@ def cache_attention(
         -(-kv.ring_slots // TILE_TOKENS) - (-kv.sinks // TILE_TOKENS), warps,
         (scaling or d**-0.5) * LOG2E, (softcap or 0.0) * LOG2E,
     )  # fmt: skip
-    with counters.TURN, nvrtc.on(q.device):
+    with counters.TURN:
         nvrtc.launch(
             kernel.attend, (kernel.blocks, blocks, 1), kernel.block_warps * 32, kernel.shared,
-            nvrtc.stream_of(q.device), call, after=True,
+            q.device, call, after=True,
         )  # fmt: skip
     return out

@@ -9,7 +9,6 @@ import hashlib
 import os
 import tempfile
 import warnings
-from contextlib import nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -125,28 +124,17 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def on(device: torch.device) -> Any:
-    """A context within which kernels are launched on this device."""
-    there = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return nullcontext() if there else torch.cuda.device(device)
-
-
-def stream_of(device: torch.device) -> int:
-    """torch's current stream."""
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
 def launch(
     kernel: Any,
     blocks: tuple[int, int, int],
     threads: int,
     shared: int,
-    stream: int,
+    device: torch.device,
     call: ctypes.Structure,
     after: bool = False,
     cluster: int = 1,
 ) -> None:
-    """Launch with one argument, a structure passed by value.
+    """Launch on a device, in torch's current stream there, with one argument, a structure passed by value.
 
     Args:
         after: the kernel may start while the one before it ends; it waits for its results by itself (sm_90 and later).
@@ -157,7 +145,7 @@ def launch(
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes, config.hStream = shared, stream
+    config.sharedMemBytes, config.hStream = shared, int(torch.cuda.current_stream(device).cuda_stream)
     attributes = []
     if after:
         early = driver.CUlaunchAttribute()
@@ -171,4 +159,5 @@ def launch(
         attributes.append(size)
     config.attrs, config.numAttrs = attributes, len(attributes)
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(call))
-    _check(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")
+    with torch.cuda.device(device):
+        _check(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")

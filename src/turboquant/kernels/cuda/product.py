@@ -174,9 +174,6 @@ def multiply(
         codes.data_ptr(), unit.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), n, k, m, groups,
         shape.split, shape.tables,
     )  # fmt: skip
-    stream = nvrtc.stream_of(codes.device)
-    tiles = n // OUTPUTS
-    grid = (shape.split, 2 * nvrtc.processors(codes.device) if shape.several else tiles, 1)
-    with nvrtc.on(codes.device):
-        nvrtc.launch(kernel, grid, 32 * WARPS, shape.shared, stream, call, after=True, cluster=shape.split)
+    grid = (shape.split, 2 * nvrtc.processors(codes.device) if shape.several else n // OUTPUTS, 1)
+    nvrtc.launch(kernel, grid, 32 * WARPS, shape.shared, codes.device, call, after=True, cluster=shape.split)
     return out

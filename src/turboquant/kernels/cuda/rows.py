@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from turboquant.kernels.cuda import nvrtc
-from turboquant.kernels.fused import NormRule
+from turboquant.kernels.fused import NUMBERS, NormRule
 from turboquant.kernels.linear import FEW, LinearSpec
 from turboquant.maths.activations import Int8Rows
 from turboquant.maths.rotation import hadamard_block, signs
@@ -20,7 +20,6 @@ from turboquant.recipe import ActivationRecipe
 
 OPS = ("quantize", "norm_quantize", "add_norm_quantize", "gate_quantize")
 NOTHING, NORM, GATE, ADD_NORM = range(4)
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 EACH, MOST = 32, 1024  # numbers of a thread, threads of a block
 REGISTERS = {NOTHING: 96, NORM: 96, GATE: 128, ADD_NORM: 128}  # of a thread
 EARLY = {
@@ -77,7 +76,7 @@ def config(k: int, shape: Shape, mode: int, once: bool, activation: str, bf16: b
     numbers = {
         "K": k, "BLOCK": hadamard_block(k), "THREADS": shape.threads, "RESIDENT": shape.resident,
         "MODE": NORM if mode == ADD_NORM else mode, "ADD": int(mode == ADD_NORM), "ONCE": int(once),
-        "ACT": _ACTIVATIONS[activation], "BF16": int(bf16), "BUFFERS": 1,
+        "ACT": NUMBERS[activation], "BF16": int(bf16), "BUFFERS": 1,
     }  # fmt: skip
     return "\n".join(["#pragma once", *(f"#define {k} {v}" for k, v in numbers.items()), ""])
 
@@ -127,22 +126,21 @@ def _launch(
         if t is not None and (t.shape != want or t.dtype != x.dtype or t.device != x.device):
             here, there = (f"{tuple(u.shape)} {u.dtype} on {u.device}" for u in (x, t))
             raise ValueError(f"beside rows of {here} stands {there}")
-    flat, second, third = (_rows(x if t is None else t) for t in (x, other, plus))
+    flat = _rows(x)
+    second, third = (flat if t is None else _rows(t) for t in (other, plus))
     m = len(flat)
     codes = torch.empty(m, k, dtype=torch.int8, device=x.device)
     unit = torch.empty(m, 1, dtype=torch.float32, device=x.device)
     if m:
         kernel, shape = _kernel(k, mode, rule.once, activation, x.dtype, x.device)
-        kept, total = (t.data_ptr() for t in (*out, codes, codes)[:2])
+        kept, total = [*(t.data_ptr() for t in out), 0, 0][:2]
         call = _Call(
             flat.data_ptr(), second.data_ptr(), _signs(k, x.device).data_ptr(), third.data_ptr(), total, kept,
             codes.data_ptr(), unit.data_ptr(), flat.stride(0), second.stride(0), third.stride(0), rule.eps,
             rule.shift, hadamard_block(k) ** -0.5, m, EARLY[mode] if m <= FEW else 0,
         )  # fmt: skip
         blocks = min(m, nvrtc.processors(x.device) * shape.resident)
-        stream = nvrtc.stream_of(x.device)
-        with nvrtc.on(x.device):
-            nvrtc.launch(kernel, (blocks, 1, 1), shape.threads, shape.shared, stream, call, after=m <= FEW)
+        nvrtc.launch(kernel, (blocks, 1, 1), shape.threads, shape.shared, x.device, call, after=m <= FEW)
     return Int8Rows(codes.view(x.shape), unit.view(*x.shape[:-1], 1))
 
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from turboquant.kernels.fused import NormRule
+from turboquant.kernels.fused import NUMBERS, NormRule
 from turboquant.kernels.linear import FEW
 from turboquant.maths.activations import Int4Rows, Int8Rows
 from turboquant.maths.rotation import hadamard_block, signs
@@ -245,7 +245,6 @@ class Launch:
 LAUNCH = Launch()
 LARGEST_SWEPT = 4096  # numbers of a row for that: the loads it has under way take shared memory
 LARGEST_TILE = 32768  # numbers of a row that one program keeps in registers
-_ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 
 def tile_of(width: int) -> tuple[int, int, int]:
@@ -319,7 +318,7 @@ def fused_quantize(
         _kernel[(min(m, launch.programs) if sweep else m,)](
             flat, other, _signs(k, x.device), flat if keep is None else keep, codes, unit, flat.stride(0),
             other.stride(0), eps, shift, hadamard_block(k) ** -0.5, m, K=k, B=b, A=a, N=n,
-            FOUR=a > 1 and n // a >= 4, TWO=n == a and a <= 128, MODE=mode, ONCE=once, ACT=_ACTIVATIONS[activation],
+            FOUR=a > 1 and n // a >= 4, TWO=n == a and a <= 128, MODE=mode, ONCE=once, ACT=NUMBERS[activation],
             KEEP=keep is not None, WHOLE=triton.knobs.runtime.interpret, SWEEP=sweep, EARLY=early,
             num_warps=warps_of(b * n, launch.warps), **({"launch_pdl": True} if early else {}),
         )  # fmt: skip
